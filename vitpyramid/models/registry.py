@@ -1,0 +1,48 @@
+"""Networks by name."""
+
+import dataclasses
+import difflib
+
+import flax.linen as nn
+
+from vitpyramid.models import pvt
+from vitpyramid.models.pyramid import Variant
+
+VARIANTS: dict[str, Variant] = {**pvt.VARIANTS}
+
+
+def list_models(prefix: str = "") -> list[str]:
+    """Names that `create_model` knows, in the papers' order, optionally only those that start with `prefix`."""
+    return [name for name in VARIANTS if name.startswith(prefix)]
+
+
+def get_variant(name: str) -> Variant:
+    """Facts about the network called `name`. Raises `ValueError` with the nearest names if there is none."""
+    if name not in VARIANTS:
+        near = difflib.get_close_matches(str(name), VARIANTS, n=3) or list(VARIANTS)
+        raise ValueError(f"unknown model {name!r}; expected one of list_models(), such as {', '.join(near)}")
+    return VARIANTS[name]
+
+
+def create_model(name: str, **overrides) -> nn.Module:
+    """The network called `name`, as a Flax module without weights.
+
+    Args:
+      name: one of `list_models()`.
+      **overrides: fields of the family's module to change, e.g. `num_classes`, `dtype`, `drop_path_rate`, `image_size`.
+
+    Returns:
+      A module. `model.init(rng, images)` makes variables for images `[B, H, W, 3]`, normalised floats;
+      `model.apply(variables, images)` gives logits `[B, num_classes]` in at least float32;
+      `model.apply(variables, images, method="features")` gives a tuple of `Level`, finest first.
+
+    Raises:
+      ValueError: unknown `name`.
+      TypeError: an override that the family does not have.
+    """
+    model = get_variant(name).model
+    fields = [f.name for f in dataclasses.fields(model) if f.name not in ("name", "parent")]
+    for key in overrides:
+        if key not in fields:
+            raise TypeError(f"{name} has no option {key!r}; expected one of {', '.join(fields)}")
+    return model.clone(**overrides)
