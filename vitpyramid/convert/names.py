@@ -1,0 +1,170 @@
+"""Variables in the names and layouts of the papers' PyTorch code, and back.
+
+One rule, read here from Flax to PyTorch: path parts are joined by dots, a number at the end of a part becomes a part of
+its own, and the last part is renamed.
+
+    params       block1_0/attn/q/kernel  [in, out]        block1.0.attn.q.weight   [out, in]
+    params       block1_0/attn/sr/kernel [h, w, in, out]  block1.0.attn.sr.weight  [out, in, h, w]
+    params       block1_0/norm1/scale    [C]              block1.0.norm1.weight    [C]
+    params       pos_embed1, cls_token                    the same
+    batch_stats  stem/norm1/mean, var                     stem.norm1.running_mean, running_var
+    constants    pos_embed (T2T-ViT)                      the same
+
+The model itself says which paths and shapes there must be; both directions start from its paths. What is outside the
+rule stands in the tables below.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from vitpyramid.models.registry import create_model
+
+TORCH_LEAF = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+# Axes of a Flax array in PyTorch's order, by last part of the path and number of dimensions: linear, convolutions of
+# one and two dimensions, a position table that is a map.
+TORCH_AXES = {
+    ("kernel", 2): (1, 0),
+    ("kernel", 3): (2, 1, 0),
+    ("kernel", 4): (3, 2, 0, 1),
+    ("pos_embed", 4): (0, 3, 1, 2),
+}
+# Modules whose PyTorch name has a number behind an underscore (ResT).
+TORCH_MODULE = {f"patch_embedding_{i}": f"patch_embed_{i}" for i in (2, 3, 4)}
+# Counters that PyTorch's BatchNorm keeps and never uses: ignored on the way in, zero on the way out.
+COUNTER = "num_batches_tracked"
+LISTED = 10
+
+Path = tuple[str, ...]
+Shapes = dict[str, tuple[int, ...]]
+
+
+def torch_to_flax(name: str, state_dict: Mapping) -> dict:
+    """Variables of the model called `name` from a PyTorch state dict.
+
+    Takes anything that has an array for every parameter: weights, their gradients, their moments.
+
+    Args:
+      name: one of `list_models()`.
+      state_dict: arrays by PyTorch name, in PyTorch layout. Two numbers are taken from it and not from the variant: the
+        number of classes (rows of `head.weight`), and the size of the square images whose grids the position tables
+        have. The other shapes must agree with both.
+
+    Returns:
+      `{"params": nested dict of numpy arrays}` and the family's other collections: copies, each in the dtype it came
+      in. They fit `create_model(name, num_classes=..., image_size=...)` with the numbers of the state dict.
+
+    Raises:
+      ValueError: unknown `name`; missing keys, unexpected keys, wrong shapes (the message lists them).
+    """
+    arrays = {key: np.asarray(value) for key, value in state_dict.items() if not key.endswith(f".{COUNTER}")}
+    shapes = {key: array.shape for key, array in arrays.items()}
+    expected = _expected(name, shapes)
+    _check(name, shapes, {_torch_name(path): _torch_shape(path, shape) for path, shape in expected.items()})
+    flat = {path: _from_torch(path, arrays[_torch_name(path)]) for path in expected}
+    return traverse_util.unflatten_dict(flat)
+
+
+def flax_to_torch(name: str, variables: Mapping) -> dict[str, np.ndarray]:
+    """PyTorch state dict of the model called `name`; inverse of `torch_to_flax`, bit for bit.
+
+    Args:
+      name: one of `list_models()`.
+      variables: `{"params": nested dict of arrays, ...}`, numpy or jax. Number of classes and image size are taken from
+        it, as in `torch_to_flax`.
+
+    Returns:
+      Numpy arrays by PyTorch name, in PyTorch layout: copies, each in the dtype it came in.
+
+    Raises:
+      ValueError: unknown `name`; missing keys, unexpected keys, wrong shapes (the message lists them).
+    """
+    arrays = {path: np.asarray(value) for path, value in traverse_util.flatten_dict(variables).items()}
+    torch_shapes = {_torch_name(path): _torch_shape(path, array.shape) for path, array in arrays.items()}
+    expected = _expected(name, torch_shapes)
+    shapes = {"/".join(path): array.shape for path, array in arrays.items()}
+    _check(name, shapes, {"/".join(path): shape for path, shape in expected.items()})
+    state_dict = {_torch_name(path): _to_torch(path, array) for path, array in arrays.items()}
+    means = [key for key in state_dict if key.endswith(".running_mean")]
+    return state_dict | {key.replace("running_mean", COUNTER): np.zeros((), np.int64) for key in means}
+
+
+def _torch_name(path: Path) -> str:
+    *modules, leaf = path[1:] or path  # path[0] is the collection
+    modules = [TORCH_MODULE.get(module) or re.sub(r"_(\d+)$", r".\1", module) for module in modules]
+    return ".".join([*modules, TORCH_LEAF.get(leaf, leaf)])
+
+
+def _torch_axes(path: Path, ndim: int) -> tuple[int, ...]:
+    """Axes of the Flax array at `path`, in PyTorch's order."""
+    return TORCH_AXES.get((path[-1], ndim)) or tuple(range(ndim))
+
+
+def _torch_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(shape[axis] for axis in _torch_axes(path, len(shape)))
+
+
+def _to_torch(path: Path, array: np.ndarray) -> np.ndarray:
+    return np.array(array.transpose(_torch_axes(path, array.ndim)), order="C")
+
+
+def _from_torch(path: Path, array: np.ndarray) -> np.ndarray:
+    return np.array(array.transpose(np.argsort(_torch_axes(path, array.ndim))), order="C")
+
+
+def _expected(name: str, torch_shapes: Shapes) -> dict[Path, tuple[int, ...]]:
+    """Flax shapes by path of the model called `name`, at the head and the position tables of `torch_shapes`."""
+    model = create_model(name)
+    head = torch_shapes.get("head.weight", ())
+    num_classes = head[0] if len(head) == 2 else model.num_classes
+    image_size = _image_size(name, torch_shapes) or model.image_size
+    return _model_shapes(name, num_classes, image_size)
+
+
+def _image_size(name: str, torch_shapes: Shapes) -> int | None:
+    """Side of the square images that position tables are made for; None if there are none or they make no sense."""
+    family = name.split("_")[0]
+    if family == "pvt" and len(table := torch_shapes.get("pos_embed1", ())) == 3:
+        side = 4 * math.isqrt(table[1])
+        return side if side >= 32 else None  # below, the last stage's grid is empty
+    table = torch_shapes.get("pos_embed", ())
+    if family == "pit" and len(table) == 4:
+        patch = torch_shapes.get("patch_embed.conv.weight", (0,))[-1]
+        return (table[2] - 1) * (patch // 2) + patch if patch else None
+    if family in ("t2t", "deit") and len(table) == 3:
+        extra_tokens = 2 if "dist_token" in torch_shapes else 1
+        return 16 * math.isqrt(table[1] - extra_tokens) or None
+    return None
+
+
+@functools.lru_cache(maxsize=16)
+def _model_shapes(name: str, num_classes: int, image_size: int) -> dict[Path, tuple[int, ...]]:
+    model = create_model(name, num_classes=num_classes, image_size=image_size)
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(variables).items()}
+
+
+def _check(name: str, shapes: Shapes, expected: Shapes) -> None:
+    """Raises `ValueError` with what is missing, unexpected or of another shape."""
+    problems = {
+        "missing": [key for key in expected if key not in shapes],
+        "unexpected": [key for key in shapes if key not in expected],
+        "wrong shape": [
+            f"{key} {shapes[key]}, expected {shape}"
+            for key, shape in expected.items()
+            if shapes.get(key, shape) != shape
+        ],
+    }
+    lines = []
+    for kind, found in problems.items():
+        if found:
+            more = ["..."] if len(found) > LISTED else []
+            lines += [f"{kind} ({len(found)}):"] + [f"  {line}" for line in found[:LISTED] + more]
+    if lines:
+        raise ValueError(f"these are not the parameters of {name}\n" + "\n".join(lines))
