@@ -1,0 +1,91 @@
+"""Trains or evaluates what a config describes.
+
+    python main.py --config=configs/quickstart.py --workdir=runs/quickstart
+
+Exit codes: 0 done; 1 the config or the command line cannot be run; 70 the loss stopped being finite; 75 stopped by
+SIGTERM or Ctrl-C after saving: the same command goes on from there.
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+import jax
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+import vitpyramid
+from configs import base
+from vitpyramid.train import config as configs
+from vitpyramid.train import loop
+from vitpyramid.train.progress import NonFiniteError, format_metrics, format_summary
+
+FLAGS = flags.FLAGS
+CONFIG = config_flags.DEFINE_config_file("config", None, "Default: quickstart.py. --config.KEY=VALUE changes a key.")
+flags.DEFINE_string("workdir", "", "Folder of the run, resumed if there is one. Default: runs/ and the config's name.")
+flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or evaluate the newest checkpoint in --workdir.")
+flags.DEFINE_bool("allow_config_change", False, "Resume although the config differs from the checkpoint's.")
+flags.DEFINE_bool("distributed", False, "One of several processes; JAX finds out on Cloud TPU, Slurm and MPI.")
+flags.DEFINE_string("coordinator_address", None, "host:port of process 0, where JAX cannot find out by itself.")
+flags.DEFINE_integer("num_processes", None, "Processes in all; goes with --coordinator_address.")
+flags.DEFINE_integer("process_id", None, "This process, from 0; goes with --coordinator_address.")
+
+EXIT_CONFIG, EXIT_NON_FINITE, EXIT_STOPPED = 1, 70, 75
+log = logging.getLogger("vitpyramid")
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}; flags start with --")
+    if FLAGS.distributed or FLAGS.coordinator_address:
+        jax.distributed.initialize(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id)
+    _log_to_stdout()
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    log.info("vitpyramid %s, jax %s, %s", vitpyramid.__version__, jax.__version__, devices)
+
+    config_file = config_flags.get_config_filename(FLAGS["config"])
+    workdir = Path(FLAGS.workdir or Path("runs", Path(config_file.split(":")[0]).stem))
+    try:
+        configs.validate(CONFIG.value, base.get_config(), jax.device_count())
+        if FLAGS.mode == "eval":
+            step, metrics = loop.evaluate_checkpoint(CONFIG.value, workdir)
+            log.info("evaluation at step %d: %s", step, format_metrics(metrics))
+            return 0
+        workdir.mkdir(parents=True, exist_ok=True)
+        summary = loop.train(CONFIG.value, workdir, FLAGS.allow_config_change)
+    except configs.ConfigError as error:
+        log.error("%s", error)
+        return EXIT_CONFIG
+    except NonFiniteError as error:
+        log.error("%s", error)
+        return EXIT_NON_FINITE
+    command = [arg for arg in sys.argv if not arg.startswith(("--workdir", "--mode"))] + [f"--workdir={workdir}"]
+    log.info("%s", format_summary(summary, workdir, " ".join(["python", *command])))
+    return 0 if summary.step == summary.total_steps else EXIT_STOPPED
+
+
+def _log_to_stdout() -> None:
+    """The package's messages as plain lines, from the first process only; warnings of everything from all."""
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    logging.basicConfig(format="%(message)s", stream=sys.stdout, force=True)
+    log.setLevel(logging.INFO if jax.process_index() == 0 else logging.WARNING)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """The flags, with the default config; where ml_collections would end in a traceback, one line."""
+    if not any(arg.lstrip("-").split("=")[0] == "config" for arg in argv):
+        argv = [argv[0], f"--config={Path(__file__).parent / 'configs' / 'quickstart.py'}", *argv[1:]]
+    try:
+        rest = app.parse_flags_with_usage(argv)
+        CONFIG.value.lock()  # a file that could not be loaded is reported on first use
+        return rest
+    except (AttributeError, KeyError) as error:
+        missing = error.args[0].args[0] if isinstance(error.args[0], KeyError) else error.args[0]
+        sys.exit(f"--config has no key {missing}; configs/base.py lists them all")
+    except (OSError, TypeError, ValueError) as error:
+        sys.exit(f"--config: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=_parse_flags)

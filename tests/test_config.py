@@ -1,0 +1,108 @@
+"""Configs: every key is checked, every shipped config can be built and reads all its keys."""
+
+import importlib
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+from configs import base, quickstart
+from vitpyramid.train import config as configs
+from vitpyramid.train.mesh import make_mesh
+from vitpyramid.train.program import abstract_batch, build
+
+SHIPPED = [("base", ()), ("quickstart", ())] + [("pvt", (v,)) for v in ("tiny", "small", "medium", "large")]
+
+
+def shipped(name, args):
+    return importlib.import_module(f"configs.{name}").get_config(*args)
+
+
+def test_every_config_file_is_tested():
+    files = {path.stem for path in Path(base.__file__).parent.glob("*.py")}
+    assert files == {name for name, _ in SHIPPED}
+
+
+@pytest.mark.parametrize(("name", "args"), SHIPPED)
+def test_shipped_configs_are_valid_and_trace(name, args):
+    """Shapes of a whole training and evaluation step, without computing anything."""
+    config = shipped(name, args)
+    configs.validate(config, base.get_config(), jax.device_count())  # so it has the keys of base, no others
+    mesh = make_mesh(config.mesh.fsdp)
+    with jax.set_mesh(mesh):
+        program = build(config, 1_281_167, mesh)
+        state, _ = jax.eval_shape(program.train_step, program.state, abstract_batch(config, mesh))
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), state) == jax.tree.map(
+        lambda a: (a.shape, a.dtype), program.state
+    )
+    assert all(leaf.dtype == "float32" for leaf in jax.tree.leaves(state.params))
+    if name == "pvt":
+        assert program.horizon.total_steps == 375_300
+
+
+def test_every_numeric_key_has_a_rule():
+    flat = configs.flatten(base.get_config())
+    assert set(configs.RULES) <= set(flat)
+    numeric = {key for key, value in flat.items() if not isinstance(value, (str, bool))}
+    assert numeric <= set(configs.RULES)
+
+
+def test_every_key_has_a_comment():
+    source = Path(base.__file__).read_text()
+    for key in configs.flatten(base.get_config()):
+        leaf = key.rpartition(".")[2]
+        line = re.search(rf"\.{leaf} = .*", source).group()
+        assert "  # " in line, key
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("batch_size", 60, "a multiple of the 8 devices"),
+        ("eval.batch_size", 4, "a multiple of the 8 devices"),
+        ("batch_size", -8, "at least 1"),
+        ("epochs", 0.0, "more than 0"),
+        ("model.name", "pvt_smal", "list_models"),
+        ("model.dtype", "float16", "bfloat16"),
+        ("mesh.fsdp", 3, "a divisor of the 8 devices"),
+        ("schedule.warmup_epochs", 50.0, "at most epochs"),
+        ("data.crop_scale", (0.9, 0.1), "low <= high"),
+        ("ema.decay", 1.0, "less than 1"),
+        ("data.image_size", 16, "at least 32"),
+        ("optim.lr", float("nan"), "more than 0"),
+    ],
+)
+def test_impossible_values_name_key_value_and_expectation(key, value, expected):
+    config = quickstart.get_config()
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(configs.ConfigError, match=re.escape(expected)) as error:
+        configs.validate(config, base.get_config(), 8)
+    assert key in str(error.value)
+    assert repr(value)[:4].strip("(") in str(error.value)
+
+
+def test_unknown_missing_and_mistyped_keys():
+    config = quickstart.get_config()
+    with config.unlocked(), config.ignore_type():
+        config.optim.momentum = 0.9
+        config.optim.lr = "fast"
+        config.model.remat = 1
+        del config["seed"]
+    with pytest.raises(configs.ConfigError) as error:
+        configs.validate(config, base.get_config(), 8)
+    for line in (
+        "optim.momentum = 0.9: no such key",
+        "optim.lr = 'fast': expected a number",
+        "model.remat = 1: expected True or False",
+        "seed: missing",
+    ):
+        assert line in str(error.value)
+
+
+def test_differences_leave_neutral_keys_out():
+    config, other = quickstart.get_config(), quickstart.get_config()
+    other.log.every_steps, other.mesh.fsdp, other.data.threads = 3, 2, 9
+    assert configs.differences(config, other) == []
+    other.optim.lr = 0.5
+    assert configs.differences(config, other) == ["optim.lr: 0.5 -> 0.001"]

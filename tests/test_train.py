@@ -1,0 +1,309 @@
+"""Whole runs: what they leave behind, how they end, and that a killed one ends as if it had not been."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from tensorboardX.proto import event_pb2
+
+from configs import quickstart
+from vitpyramid.train import checkpoint, loop
+from vitpyramid.train import config as configs
+from vitpyramid.train.mesh import make_mesh
+from vitpyramid.train.program import build
+from vitpyramid.train.progress import NonFiniteError
+
+ROOT = Path(__file__).parent.parent
+CHANGES = {
+    "epochs": 2.0,
+    "ema.decay": 0.9,
+    "model.drop_rate": 0.1,
+    "eval.every_epochs": 1.0,
+    "checkpoint.every_epochs": 0.25,
+    "log.every_steps": 1,
+    "schedule.warmup_epochs": 0.5,
+}
+STEPS = 44
+
+
+class Recording(ConfigDict):
+    """A config that remembers which keys were read as attributes."""
+
+    def __init__(self, plain, prefix="", reads=None):
+        super().__init__()
+        for key, value in plain.items():
+            self[key] = Recording(value, f"{prefix}{key}.", reads) if isinstance(value, ConfigDict) else value
+        object.__setattr__(self, "_prefix", prefix)
+        object.__setattr__(self, "_reads", reads)
+
+    def __getattr__(self, name):
+        value = super().__getattr__(name)
+        self._reads.add(self._prefix + name)
+        return value
+
+
+def tiny_config(data_dir, **changes):
+    config = quickstart.get_config()
+    config.update_from_flattened_dict({**CHANGES, "data.data_dir": data_dir, **changes})
+    config.compile_cache = ""  # pytest's own is in use
+    return config
+
+
+def saved(workdir, step):
+    """Every array of a checkpoint, by name, on the host."""
+    with checkpoint.open_checkpoints(workdir, read_only=True) as manager:
+        assert manager.latest_step() == step
+        config = ConfigDict(json.loads((workdir / "config.json").read_text()))
+        mesh = make_mesh(1, jax.devices()[:1])
+        state = checkpoint.restore(manager, step, build(config, 1437, mesh).state)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def assert_same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, array in ours.items():
+        np.testing.assert_array_equal(array, theirs[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, data_dir):
+    """A run on eight devices, and the config keys it read."""
+    workdir = tmp_path_factory.mktemp("finished")
+    reads = set()
+    config = Recording(tiny_config(data_dir), reads=reads)
+    return workdir, loop.train(config, workdir), reads
+
+
+def test_a_run_leaves_everything_behind(finished):
+    workdir, summary, _ = finished
+    assert summary.step == summary.total_steps == STEPS
+    assert summary.metrics["top1"] > 0.5
+    assert {"loss", "top1", "top5", "ema_loss", "ema_top1", "ema_top5"} == set(summary.metrics)
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["42", "44"]
+    assert json.loads((workdir / "config.json").read_text())["batch_size"] == 64
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in lines if "eval/top1" in line] == [22, 44]
+    train_keys = {"loss", "top1", "top5", "lr", "grad_norm", "images_per_second", "step_seconds"}
+    assert {f"train/{key}" for key in train_keys} < set(lines[0])
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
+    assert tensorboard_tags(workdir) >= {"train/loss", "train/lr", "eval/top1", "eval/ema_top5"}
+
+
+def tensorboard_tags(workdir):
+    tags = set()
+    for path in (workdir / "tensorboard").iterdir():
+        content, position = path.read_bytes(), 0
+        while position < len(content):  # records: uint64 length, crc, data, crc
+            length = int.from_bytes(content[position : position + 8], "little")
+            event = event_pb2.Event.FromString(content[position + 12 : position + 12 + length])
+            tags |= {value.tag for value in event.summary.value}
+            position += 16 + length
+    return tags
+
+
+def test_every_key_is_read(finished):
+    """Configs all have the same keys (validate), so one run shows that none is dead."""
+    _, _, reads = finished
+    assert set(configs.flatten(quickstart.get_config())) - reads == {"compile_cache"} - reads
+
+
+def test_evaluation_counts_every_example_once(finished, data_dir):
+    """Batch sizes that do and do not divide 360 examples give the same counts."""
+    workdir, summary, _ = finished
+    for batch_size in (8, 64, 512):
+        config = tiny_config(data_dir, **{"eval.batch_size": batch_size})
+        step, metrics = loop.evaluate_checkpoint(config, workdir)
+        assert step == STEPS
+        for name in ("top1", "top5", "ema_top1"):
+            assert metrics[name] * 360 == pytest.approx(round(summary.metrics[name] * 360), abs=1e-3)
+        assert metrics["loss"] == pytest.approx(summary.metrics["loss"], rel=1e-5)
+
+
+def test_a_finished_run_is_only_evaluated_again(finished, data_dir):
+    workdir, summary, _ = finished
+    again = loop.train(tiny_config(data_dir), workdir)
+    assert again.metrics == pytest.approx(summary.metrics, rel=1e-5)
+    assert again.images_per_second == 0
+
+
+def test_restores_on_another_mesh(finished):
+    workdir, _, _ = finished
+    config = ConfigDict(json.loads((workdir / "config.json").read_text()))
+    expected = saved(workdir, STEPS)
+    with checkpoint.open_checkpoints(workdir, read_only=True) as manager:
+        state = checkpoint.restore(manager, STEPS, build(config, 1437, make_mesh(8)).state)
+    assert not state.params["block4_0"]["mlp"]["fc1"]["kernel"].sharding.is_fully_replicated
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        np.testing.assert_array_equal(np.asarray(leaf), expected[jax.tree_util.keystr(path)])
+
+
+def test_another_config_is_refused(finished, data_dir):
+    workdir, _, _ = finished
+    before = (workdir / "config.json").read_text()
+    with pytest.raises(configs.ConfigError, match=re.escape("optim.lr: 0.001 -> 0.5")) as error:
+        loop.train(tiny_config(data_dir, **{"optim.lr": 0.5}), workdir)
+    assert "--allow_config_change" in str(error.value)
+    assert (workdir / "config.json").read_text() == before
+    with pytest.raises(configs.ConfigError, match="examples in data.train_split: 1437 -> 719"):
+        loop.train(tiny_config(data_dir, **{"data.train_split": "train[:719]"}), workdir)
+    with pytest.raises(configs.ConfigError, match="model.drop_rate|image_size"):
+        loop.evaluate_checkpoint(tiny_config(data_dir, **{"data.image_size": 64}), workdir)
+
+
+def test_half_a_checkpoint_is_not_picked_up(finished, tmp_path):
+    workdir, _, _ = finished
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (folder / "44").symlink_to(workdir / "checkpoints" / "44")
+    (folder / "99.orbax-checkpoint-tmp").mkdir()
+    with checkpoint.open_checkpoints(tmp_path, read_only=True) as manager:
+        assert manager.latest_step() == 44
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.num_classes": 7}, "model.num_classes = 7: expected 10"),
+        ({"data.eval_split": "validation"}, "validation"),
+        ({"data.name": "no_such_data"}, "no_such_data"),
+    ],
+)
+def test_data_that_does_not_fit(changes, message, data_dir, tmp_path):
+    with pytest.raises(configs.ConfigError, match=re.escape(message)):
+        loop.train(tiny_config(data_dir, **changes), tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_nothing_to_evaluate(data_dir, tmp_path):
+    with pytest.raises(configs.ConfigError, match="complete checkpoint"):
+        loop.evaluate_checkpoint(tiny_config(data_dir), tmp_path)
+
+
+def test_non_finite_loss_stops_the_run(data_dir, tmp_path, monkeypatch):
+    """Weights turn NaN before step 9: the run names that step and leaves the checkpoint of step 6 alone."""
+    original = loop.compile_train_step
+
+    def poisoned(config, program, mesh):
+        step = original(config, program, mesh)
+
+        def train_step(state, batch):
+            if int(state.step) == 8:
+                state = state.replace(params=jax.tree.map(lambda p: p * float("nan"), state.params))
+            return step(state, batch)
+
+        return train_step
+
+    monkeypatch.setattr(loop, "compile_train_step", poisoned)
+    config = tiny_config(data_dir, **{"log.every_steps": 5})
+    with pytest.raises(NonFiniteError, match=r"step 9: loss nan") as error:
+        loop.train(config, tmp_path)
+    assert "'train/loss': " in str(error.value)
+    assert f"{tmp_path}/checkpoints/6" in str(error.value)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["6"]
+
+
+class Run:
+    """`main.py` in a process of its own, on one device, with its output at hand."""
+
+    def __init__(self, workdir, data_dir, cache, *args):
+        changes = {**CHANGES, "data.data_dir": data_dir, "compile_cache": str(cache)}
+        command = [
+            sys.executable,
+            "main.py",
+            f"--workdir={workdir}",
+            *(f"--config.{k}={v}" for k, v in changes.items()),
+        ]
+        environment = {**os.environ, "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
+        self.process = subprocess.Popen(
+            [*command, *args], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        self.output = ""
+
+    def until(self, pattern):
+        for line in self.process.stdout:
+            self.output += line
+            if re.search(pattern, line):
+                return
+        raise AssertionError(f"ended with {self.process.wait()} before {pattern!r}:\n{self.output}")
+
+    def stop(self, signum):
+        self.process.send_signal(signum)
+        return self.end()
+
+    def end(self):
+        self.output += self.process.communicate(timeout=300)[0]
+        return self.process.returncode
+
+
+def test_killed_runs_end_as_uninterrupted_ones(tmp_path, data_dir):
+    """SIGKILL in the middle of a step and in the middle of a save, SIGTERM, SIGINT: the same bits at the end."""
+    cache = tmp_path / "cache"
+    whole = Run(tmp_path / "whole", data_dir, cache)
+    assert whole.end() == 0, whole.output
+    expected = saved(tmp_path / "whole", STEPS)
+
+    workdir = tmp_path / "killed"
+    rng = np.random.default_rng()  # other moments in every run of the tests
+
+    run = Run(workdir, data_dir, cache)
+    run.until(rf"step +{rng.integers(7, 16)}/{STEPS} ")
+    assert run.stop(signal.SIGKILL) == -signal.SIGKILL
+
+    run = Run(workdir, data_dir, cache)
+    run.until(r"going on from step [1-9]")
+    folder = workdir / "checkpoints"
+    seen = {path.name for path in folder.iterdir()}
+    deadline = time.time() + 200
+    while time.time() < deadline and not any("tmp" in p.name for p in folder.iterdir() if p.name not in seen):
+        time.sleep(0.0005)
+    assert run.stop(signal.SIGKILL) == -signal.SIGKILL
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        run = Run(workdir, data_dir, cache)
+        run.until(r"going on from step")
+        run.until(r"step +\d+/")
+        assert run.stop(signum) == 75, run.output
+        step = int(re.search(r"stopped +after step (\d+)", run.output).group(1))
+        with checkpoint.open_checkpoints(workdir, read_only=True) as manager:
+            assert manager.latest_step() == step < STEPS
+
+    run = Run(workdir, data_dir, cache)
+    assert run.end() == 0, run.output
+    assert f"going on from step {step}" in run.output
+    assert_same(saved(workdir, STEPS), expected)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["--config.optim.speed=1"], 1, "--config has no key 'speed'"),
+        (["--config=configs/nothing.py"], 1, "configs/nothing.py"),
+        (["--config.batch_size=-8"], 1, "batch_size = -8: expected at least 1"),
+        (["--config.epochs=abc"], 1, "--config.epochs=abc"),
+    ],
+)
+def test_bad_command_lines(args, code, message, tmp_path):
+    result = subprocess.run(
+        [sys.executable, "main.py", f"--workdir={tmp_path}", *args],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == code
+    assert message in result.stdout + result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    assert not list(tmp_path.iterdir())

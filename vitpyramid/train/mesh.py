@@ -1,0 +1,56 @@
+"""The device mesh and what lies where on it.
+
+One mesh, axes `data` and `fsdp`; the batch is split over both, parameters over `fsdp`. `jax.jit` with these shardings
+does what `pmap` did, and inserts the collectives itself.
+"""
+
+import collections
+from collections.abc import Iterable, Iterator
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from vitpyramid.models.layers import BATCH_AXES
+
+# Parameters smaller than this are copied to every device: gathering them costs more than they take.
+MIN_SHARDED_SIZE = 2**14
+
+
+def make_mesh(fsdp: int, devices: list[jax.Device] | None = None) -> Mesh:
+    """The devices, by default all, as `(data, fsdp)`."""
+    devices = jax.devices() if devices is None else devices
+    # Auto: jax.make_mesh defaults to Explicit axes, which ordinary Flax code does not run under.
+    shape, auto = (len(devices) // fsdp, fsdp), (AxisType.Auto,) * 2
+    return jax.make_mesh(shape, BATCH_AXES, axis_types=auto, devices=devices)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """First axis split over all devices."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def state_sharding(mesh: Mesh, state):
+    """Sharding of each array of a state, by its shape: the last of its longest axes that `fsdp` divides is split.
+
+    Optimizer moments and averages have their parameter's shape, so they lie as it does.
+    """
+
+    def sharding(leaf):
+        axes = [axis for axis, size in enumerate(leaf.shape) if size % mesh.shape["fsdp"] == 0]
+        if mesh.shape["fsdp"] == 1 or leaf.size < MIN_SHARDED_SIZE or not axes:
+            return NamedSharding(mesh, P())
+        split = max(axes, key=lambda axis: (leaf.shape[axis], axis))
+        return NamedSharding(mesh, P(*(None,) * split, "fsdp"))
+
+    return jax.tree.map(sharding, state)
+
+
+def to_devices(batches: Iterable[dict], sharding: NamedSharding, ahead: int = 2) -> Iterator[dict]:
+    """Global device arrays of each process's host batches, transferred `ahead` of their use."""
+    queue = collections.deque()
+    for batch in batches:
+        queue.append({k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()})
+        if len(queue) > ahead:
+            yield queue.popleft()
+    yield from queue
