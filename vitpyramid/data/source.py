@@ -1,15 +1,18 @@
 """Random access to TFDS data sets without TensorFlow."""
 
+import contextlib
 import dataclasses
+import io
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
-from absl import logging
 
 from vitpyramid.data.digits import Digits
 
+log = logging.getLogger(__name__)
 _ARRAY_RECORD = tfds.core.FileFormat.ARRAY_RECORD
 
 
@@ -112,12 +115,14 @@ def _prepared_digits(data_dir: str) -> Digits:
     builder = Digits(data_dir=data_dir or None)
     if builder.data_path.exists():
         return builder
-    logging.info("Preparing digits (1797 images, a few seconds, once) in %s", builder.data_path)
+    log.info("preparing digits in %s (1797 images, once)", builder.data_path)
     try:
-        builder.download_and_prepare(file_format=_ARRAY_RECORD.value)
+        # TFDS says, over several screens, that it downloads; there is nothing to download.
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            builder.download_and_prepare(file_format=_ARRAY_RECORD.value)
     except OSError:
         if not builder.data_path.exists():
             raise
-        logging.info("Another process prepared digits meanwhile")
+        log.info("another process prepared digits meanwhile")
     # Opened anew: the builder that lost the race describes files that are gone.
     return Digits(data_dir=data_dir or None)
