@@ -66,6 +66,7 @@ def test_every_key_has_a_comment():
         ("model.name", "pvt_smal", "list_models"),
         ("model.dtype", "float16", "bfloat16"),
         ("mesh.fsdp", 3, "a divisor of the 8 devices"),
+        ("model.scan", True, "model.remat = True"),
         ("schedule.warmup_epochs", 50.0, "at most epochs"),
         ("data.crop_scale", (0.9, 0.1), "low <= high"),
         ("ema.decay", 1.0, "less than 1"),

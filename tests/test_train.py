@@ -155,6 +155,8 @@ def test_another_config_is_refused(finished, data_dir):
         loop.train(tiny_config(data_dir, **{"optim.lr": 0.5}), workdir)
     assert "--allow_config_change" in str(error.value)
     assert (workdir / "config.json").read_text() == before
+    with pytest.raises(configs.ConfigError, match=r"epochs = 1.0: expected 44 steps or more"):
+        loop.train(tiny_config(data_dir, epochs=1.0), workdir, allow_config_change=True)
     with pytest.raises(configs.ConfigError, match="examples in data.train_split: 1437 -> 719"):
         loop.train(tiny_config(data_dir, **{"data.train_split": "train[:719]"}), workdir)
     with pytest.raises(configs.ConfigError, match="model.drop_rate|image_size"):

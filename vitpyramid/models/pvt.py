@@ -6,6 +6,8 @@ official code leaves a position table as it is wherever a stage has as many toke
 is the wrong table at 112 x 448 and a crash at 448 x 448. Here every table is resized on its own stage's grid.
 """
 
+import itertools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,7 @@ from vitpyramid.models.layers import (
     shard_batch,
 )
 from vitpyramid.models.pyramid import Level, Variant
+from vitpyramid.models.stack import apply_blocks
 
 
 class PatchEmbed(nn.Module):
@@ -101,7 +104,8 @@ class PVT(nn.Module):
       drop_rate: dropout after positions, projections and in the MLP.
       attn_drop_rate: dropout on attention maps.
       drop_path_rate: stochastic depth of the last block; it grows linearly from 0 over all blocks.
-      remat: recompute each block in the backward pass instead of storing it.
+      remat: recompute each block in the backward pass instead of storing what is inside it.
+      scan: compile one block a stage and loop over it (`stack.apply_blocks`); needs `remat`.
       dtype: of activations and matrix products; norms' statistics, softmax and logits are at least float32.
     """
 
@@ -116,6 +120,7 @@ class PVT(nn.Module):
     attn_drop_rate: float = 0.0
     drop_path_rate: float = 0.0
     remat: bool = False
+    scan: bool = False
     dtype: jnp.dtype = jnp.float32
 
     # Besides vectors, which no family decays. The position tables are decayed.
@@ -147,7 +152,6 @@ class PVT(nn.Module):
         native = (size, size) if isinstance(size, int) else tuple(size)
         drop_rate, attn_drop_rate = (self.drop_rate, self.attn_drop_rate) if train else (0.0, 0.0)
         drop_paths = iter(np.linspace(0, self.drop_path_rate if train else 0.0, sum(self.depths)).tolist())
-        block = nn.remat(Block) if self.remat else Block
 
         levels = []
         x = images
@@ -169,19 +173,17 @@ class PVT(nn.Module):
                 positions = jnp.concatenate([table[:, :1], positions], axis=1)
             x = x + positions.astype(self.dtype)
             x = shard_batch(nn.Dropout(drop_rate, deterministic=False)(x))
-            for j in range(depth):
-                x = block(
-                    self.heads[s - 1],
-                    self.mlp_ratios[s - 1],
-                    self.sr_ratios[s - 1],
-                    grid,
-                    drop_rate,
-                    attn_drop_rate,
-                    next(drop_paths),
-                    self.dtype,
-                    name=f"block{s}_{j}",
-                )(x)
-                x = shard_batch(x)
+            fields = {
+                "heads": self.heads[s - 1],
+                "mlp_ratio": self.mlp_ratios[s - 1],
+                "sr_ratio": self.sr_ratios[s - 1],
+                "grid": grid,
+                "drop_rate": drop_rate,
+                "attn_drop_rate": attn_drop_rate,
+                "dtype": self.dtype,
+            }
+            rates = list(itertools.islice(drop_paths, depth))
+            x = apply_blocks(Block, fields, x, rates, f"block{s}", self.remat, self.scan)
             class_token = x[:, 0]
             x = x[:, has_class_token:].reshape(b, *grid, dim)
             levels.append(Level(x, self.strides[s - 1]))

@@ -56,6 +56,8 @@ def train(config: ConfigDict, workdir: Path, allow_config_change: bool = False) 
         start, total = checkpoints.latest_step() or 0, program.horizon.total_steps
         if start and not allow_config_change:
             checkpoint.check_continues(checkpoints, start, config, len(train_source))
+        if start > total:
+            raise ConfigError(f"epochs = {config.epochs}: expected {start} steps or more, {workdir} has taken those")
         write_atomically(workdir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
         _describe(config, program, mesh, len(train_source), len(eval_source), start)
 

@@ -11,10 +11,9 @@ def decay_mask(params, no_weight_decay: tuple[str, ...]):
     timm's `add_weight_decay` rule, as PVT, PiT, T2T-ViT and ResT were trained with.
     """
 
-    def decayed(path, value):
-        return value.ndim > 1 and path[-1].key not in no_weight_decay
-
-    return jax.tree_util.tree_map_with_path(decayed, params)
+    # By name: in stacked blocks vectors have a second axis.
+    exempt = {"bias", "scale", *no_weight_decay}
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in exempt, params)
 
 
 def make_optimizer(

@@ -49,6 +49,7 @@ def model_from_config(config: ConfigDict) -> nn.Module:
         drop_rate=model.drop_rate,
         drop_path_rate=model.drop_path_rate,
         remat=model.remat,
+        scan=model.scan,
         dtype=jnp.dtype(model.dtype),
     )
 
