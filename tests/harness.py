@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import traverse_util
 
 import golden
 from vitpyramid import create_model
@@ -31,18 +30,14 @@ def golden_run(stem: str, precision: str, taps, overrides=()):
         step = jax.jit(functools.partial(loss_and_gradient, model))
         (loss, updated), grads = step(params, variables, images, jnp.array(reference.meta["labels"]))
         assert logits.dtype == loss.dtype == jnp.dtype(precision)
-        grads = flax_to_torch(name, {"params": grads, **jax.tree.map(jnp.zeros_like, variables)})
-        running = traverse_util.flatten_dict(updated.get("batch_stats", {}), sep=".")
-        running = {
-            key.replace(".mean", ".running_mean").replace(".var", ".running_var"): np.asarray(value)
-            for key, value in running.items()
-        }
+        grads = flax_to_torch(name, {"params": grads, **updated})  # running statistics come along
         found = {key: np.asarray(value) for key, value in found.items()}
     trainable = {key: grad for key, grad in grads.items() if key in reference.data["grad/names"]}
     assert sorted(found) == sorted(reference.meta["taps"])
     train = reference.train_errors(loss, trainable, weights)
-    for key, value in running.items():
-        train[f"running {key}"] = golden.relative_error(value, reference.data[f"bn/{key}_f64"])
+    running = [key for key in grads if key.endswith((".running_mean", ".running_var"))]
+    for key in running:
+        train[f"running {key}"] = golden.relative_error(grads[key], reference.data[f"bn/{key}_f64"])
     return reference.forward_errors(logits, found), train, trainable
 
 

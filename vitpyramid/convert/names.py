@@ -138,7 +138,8 @@ def _image_size(name: str, torch_shapes: Shapes) -> int | None:
         return (table[2] - 1) * (patch // 2) + patch if patch else None
     if family in ("t2t", "deit") and len(table) == 3:
         extra_tokens = 2 if "dist_token" in torch_shapes else 1
-        return 16 * math.isqrt(table[1] - extra_tokens) or None
+        patch = (16, *torch_shapes.get("patch_embed.proj.weight", ()))[-1]  # T2T-ViT has no such weight, and stride 16
+        return patch * math.isqrt(max(table[1] - extra_tokens, 0)) or None
     return None
 
 

@@ -5,10 +5,10 @@ import difflib
 
 import flax.linen as nn
 
-from vitpyramid.models import pvt
+from vitpyramid.models import pit, pvt, rest, t2t_vit, vit
 from vitpyramid.models.pyramid import Variant
 
-VARIANTS: dict[str, Variant] = {**pvt.VARIANTS}
+VARIANTS: dict[str, Variant] = {**pvt.VARIANTS, **pit.VARIANTS, **t2t_vit.VARIANTS, **rest.VARIANTS, **vit.VARIANTS}
 
 
 def list_models(prefix: str = "") -> list[str]:

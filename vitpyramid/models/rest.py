@@ -1,0 +1,339 @@
+"""ResT (v1): efficient attention over maps that convolutions embed and shrink.
+
+Zhang and Yang, "ResT: An Efficient Transformer for Visual Recognition", NeurIPS 2021, arXiv 2105.13677. Equal to
+`models/rest.py` of github.com/wofmanaf/ResT, commit b9245d3f, at the sizes where that runs: both sides are more than 32
+and between `32 k - 3` and `32 k`. Elsewhere every grid is what the convolutions give: a side halved is rounded up.
+
+Two things are as the formulas say where the official code has no answer. A stage with one query and one key (a side of
+32 or less): the softmax is 1, and instance norm makes it 0, as it does in the official code for several queries and one
+key; the attention branch then adds nothing but the bias of `proj`. Training where a channel has one value in the whole
+batch, so that it has no variance: `ValueError`, as in PyTorch.
+"""
+
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vitpyramid.models.attention import attend
+from vitpyramid.models.layers import (
+    DropPath,
+    Mlp,
+    at_least_float32,
+    layer_norm,
+    linear,
+    normal_init,
+    shard_batch,
+    torch_bias_init,
+)
+from vitpyramid.models.pyramid import Level, Variant
+from vitpyramid.models.stack import apply_blocks
+
+
+def convolution(features: int, kernel: int, stride: int, dtype, name: str, groups: int = 1, bias_fan_in: int = 0):
+    """Square convolution, padded by `(kernel - 1) // 2` on every side, with normal weights.
+
+    `bias_fan_in`: inputs of one output, from which PyTorch's initial biases follow; 0: no bias. Padding is explicit
+    because SAME puts none above and left of an even side at stride 2.
+    """
+    return nn.Conv(
+        features,
+        (kernel, kernel),
+        stride,
+        padding=(kernel - 1) // 2,
+        feature_group_count=groups,
+        use_bias=bias_fan_in > 0,
+        dtype=dtype,
+        kernel_init=normal_init,
+        bias_init=torch_bias_init(bias_fan_in) if bias_fan_in else None,
+        name=name,
+    )
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation as PyTorch has it, epsilon 1e-5, momentum 0.1.
+
+    Batches are normalised with the biased variance; the running one takes the unbiased, where Flax's own module takes
+    the biased. Statistics are in at least float32, in two passes. In a jitted step over a sharded batch they are those
+    of the whole batch. `train=True` uses the batch's statistics and updates the running ones (`batch_stats`).
+    """
+
+    train: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, h, w, C]` -> the same. Raises `ValueError` in training where a channel has a single value."""
+        c = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (c,))
+        bias = self.param("bias", nn.initializers.zeros, (c,))
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (c,))
+        running_var = self.variable("batch_stats", "var", jnp.ones, (c,))
+        x = x.astype(at_least_float32(self.dtype))
+        mean, var = running_mean.value, running_var.value
+        if self.train:
+            n = x.size // c
+            if n < 2:
+                raise ValueError(f"batch norm got {x.shape} in training, expected more than one value in each channel")
+            mean = x.mean((0, 1, 2))
+            var = jnp.square(x - mean).mean((0, 1, 2))
+            if not self.is_initializing():
+                running_mean.value = 0.9 * running_mean.value + 0.1 * mean
+                running_var.value = 0.9 * running_var.value + 0.1 * var * (n / (n - 1))
+        return ((x - mean) * (jax.lax.rsqrt(var + 1e-5) * scale) + bias).astype(self.dtype)
+
+
+class PixelAttention(nn.Module):
+    """Position encoding: every pixel is gated by its neighbourhood in its own channel (paper section 3.4)."""
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, h, w, C]` -> the same."""
+        c = x.shape[-1]
+        return x * nn.sigmoid(convolution(c, 3, 1, self.dtype, "pa_conv", groups=c, bias_fan_in=9)(x))
+
+
+class Stem(nn.Module):
+    """Three convolutions, of which two halve the map; no norm behind the last."""
+
+    dim: int
+    train: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, H, W, 3]` -> `[B, ceil(H / 4), ceil(W / 4), dim]`."""
+        x = convolution(self.dim // 2, 3, 2, self.dtype, "conv1")(x)
+        x = nn.relu(BatchNorm(self.train, self.dtype, name="norm1")(x))
+        x = convolution(self.dim // 2, 3, 1, self.dtype, "conv2")(x)
+        x = nn.relu(BatchNorm(self.train, self.dtype, name="norm2")(x))
+        x = convolution(self.dim, 3, 2, self.dtype, "conv3")(x)
+        return PixelAttention(self.dtype, name="pos")(x)
+
+
+class PatchEmbed(nn.Module):
+    """Halves a map between stages: overlapping patches."""
+
+    dim: int
+    train: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, h, w, C]` -> `[B, ceil(h / 2), ceil(w / 2), dim]`."""
+        x = convolution(self.dim, 3, 2, self.dtype, "conv", bias_fan_in=9 * x.shape[-1])(x)
+        x = BatchNorm(self.train, self.dtype, name="norm")(x)
+        return PixelAttention(self.dtype, name="pos")(x)
+
+
+class ReduceConv(nn.Module):
+    """Depthwise convolution, kernel `sr_ratio + 1`, stride `sr_ratio`, padding `sr_ratio // 2`; `sr_ratio` is even.
+
+    Computed element by element on windows that share one row and one column with the next: the same sum, and on CPU its
+    gradient takes a hundredth of the time of the strided convolution's. Parameters are those of the convolution:
+    `kernel [sr + 1, sr + 1, 1, C]`, `bias [C]`.
+    """
+
+    sr_ratio: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, h, w, C]` -> `[B, ceil(h / sr), ceil(w / sr), C]`."""
+        sr, (b, height, width, c) = self.sr_ratio, x.shape
+        kernel = self.param("kernel", normal_init, (sr + 1, sr + 1, 1, c))
+        bias = self.param("bias", torch_bias_init((sr + 1) ** 2), (c,))
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        h, w = -(-height // sr), -(-width // sr)
+        before = sr // 2
+        pad = [(before, (cells + 1) * sr - before - side) for cells, side in ((h, height), (w, width))]
+        x = jnp.pad(x, [(0, 0), *pad, (0, 0)]).reshape(b, h + 1, sr, w + 1, sr, c)
+        x = jnp.concatenate([x[:, :h], x[:, 1:, :1]], axis=2)
+        x = jnp.concatenate([x[:, :, :, :w], x[:, :, :, 1:, :1]], axis=4)  # [B, h', sr + 1, w', sr + 1, C]
+        x = (x * kernel[:, None, :, 0]).sum((2, 4), dtype=at_least_float32(self.dtype))
+        return x.astype(self.dtype) + bias
+
+
+class HeadMixing(nn.Module):
+    """1 x 1 convolution across heads: every head's logits become a sum over all heads'."""
+
+    @nn.compact
+    def __call__(self, logits: jax.Array) -> jax.Array:
+        """`[B, heads, N, M]` -> the same."""
+        heads = logits.shape[1]
+        kernel = self.param("kernel", normal_init, (1, 1, heads, heads))
+        bias = self.param("bias", torch_bias_init(heads), (heads,))
+        return jnp.einsum("bhnm,hg->bgnm", logits, kernel[0, 0]) + bias[:, None, None]
+
+
+def instance_norm(x: jax.Array) -> jax.Array:
+    """Each `[N, M]` map of `x` `[B, heads, N, M]` to mean 0 and variance 1; no parameters, no running statistics."""
+    x = x - x.mean((2, 3), keepdims=True)
+    return x * jax.lax.rsqrt(jnp.square(x).mean((2, 3), keepdims=True) + 1e-5)
+
+
+class EfficientAttention(nn.Module):
+    """Attention to a reduced map, with heads mixed before the softmax and normalised after it (section 3.2)."""
+
+    heads: int
+    sr_ratio: int
+    grid: tuple[int, int]
+    drop_rate: float
+    attn_drop_rate: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, N, C]` -> `[B, N, C]`; the tokens are exactly the grid, row-major."""
+        b, n, dim = x.shape
+        query = linear(dim, self.dtype, "q")(x).reshape(b, n, self.heads, -1)
+        source = x
+        if self.sr_ratio > 1:
+            source = x.reshape(b, *self.grid, dim)
+            source = ReduceConv(self.sr_ratio, self.dtype, name="sr")(source)
+            source = layer_norm(1e-5, self.dtype, "sr_norm")(source.reshape(b, -1, dim))
+        key_value = linear(2 * dim, self.dtype, "kv")(source).reshape(b, -1, 2, self.heads, dim // self.heads)
+        key, value = key_value[:, :, 0], key_value[:, :, 1]
+        scale = (dim // self.heads) ** -0.5
+        if self.heads > 1:
+            x = self.attend_mixed(query, key, value, scale)
+        else:
+            x = attend(self, query, key, value, scale, self.attn_drop_rate)
+        return nn.Dropout(self.drop_rate, deterministic=False)(linear(dim, self.dtype, "proj")(x))
+
+    def attend_mixed(self, query, key, value, scale) -> jax.Array:
+        """`attend` with `transform_conv` before the softmax and instance norm after it, which leaves rows of sum 0."""
+        logits = jnp.einsum("bnhd,bmhd->bhnm", query, key, preferred_element_type=at_least_float32(query.dtype))
+        weights = instance_norm(jax.nn.softmax(HeadMixing(name="transform_conv")(logits * scale)))
+        self.sow("intermediates", "attention", weights)
+        weights = nn.Dropout(self.attn_drop_rate, deterministic=False)(weights.astype(value.dtype))
+        out = jnp.einsum("bhnm,bmhd->bnhd", weights, value)
+        return out.reshape(*out.shape[:2], -1)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer encoder layer."""
+
+    heads: int
+    mlp_ratio: int
+    sr_ratio: int
+    grid: tuple[int, int]
+    drop_rate: float
+    attn_drop_rate: float
+    drop_path: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, N, C]` -> `[B, N, C]`."""
+        attn = EfficientAttention(
+            self.heads, self.sr_ratio, self.grid, self.drop_rate, self.attn_drop_rate, self.dtype, name="attn"
+        )
+        mlp = Mlp(x.shape[-1] * self.mlp_ratio, self.drop_rate, dtype=self.dtype, name="mlp")
+        x = x + DropPath(self.drop_path)(attn(layer_norm(1e-5, self.dtype, "norm1")(x)))
+        return x + DropPath(self.drop_path)(mlp(layer_norm(1e-5, self.dtype, "norm2")(x)))
+
+
+class ResT(nn.Module):
+    """Four stages of transformer blocks at strides 4, 8, 16 and 32; no class token, no position tables.
+
+    Attributes, by stage:
+      depths: number of blocks.
+      dims: widths of tokens.
+      heads, mlp_ratios, sr_ratios: of the blocks. Stages of one head have plain softmax attention.
+    Attributes, of the whole:
+      num_classes: width of the logits.
+      image_size: unused; positions come from convolutions, so that no weight depends on the size of images.
+      drop_rate: dropout after projections and in the MLP.
+      attn_drop_rate: dropout on attention maps.
+      drop_path_rate: stochastic depth of the last block; it grows linearly from 0 over all blocks.
+      remat: recompute each block in the backward pass instead of storing what is inside it.
+      scan: compile one block a stage and loop over it (`stack.apply_blocks`); needs `remat`.
+      dtype: of activations and matrix products; norms' statistics, softmax and logits are at least float32.
+    """
+
+    depths: tuple[int, ...]
+    dims: tuple[int, ...] = (64, 128, 256, 512)
+    heads: tuple[int, ...] = (1, 2, 4, 8)
+    mlp_ratios: tuple[int, ...] = (4, 4, 4, 4)
+    sr_ratios: tuple[int, ...] = (8, 4, 2, 1)
+    num_classes: int = 1000
+    image_size: int | tuple[int, int] = 224
+    drop_rate: float = 0.0
+    attn_drop_rate: float = 0.0
+    drop_path_rate: float = 0.0
+    remat: bool = False
+    scan: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    # Besides vectors, which no family decays.
+    no_weight_decay = ()
+    strides = (4, 8, 16, 32)
+
+    def setup(self):
+        self.norm = nn.LayerNorm(1e-5, self.dtype, use_fast_variance=False)
+        self.head = nn.Dense(self.num_classes, dtype=at_least_float32(self.dtype), kernel_init=normal_init)
+
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Logits `[B, num_classes]` of normalised images `[B, H, W, 3]`.
+
+        `train=True` normalises with the batch's statistics and updates the running ones, for which `batch_stats` must
+        be mutable. It also turns dropout and drop path on, which then need a `dropout` RNG if their rates are not zero.
+        """
+        tokens = self.norm(self.encode(images, train)[-1].x)
+        return self.head(tokens.mean((1, 2), dtype=at_least_float32(self.dtype)))
+
+    def features(self, images: jax.Array, train: bool = False) -> tuple[Level, ...]:
+        """Output of each stage's last block, without norm; strides 4, 8, 16, 32, sides rounded up."""
+        return self.encode(images, train)
+
+    @nn.compact
+    def encode(self, images: jax.Array, train: bool) -> tuple[Level, ...]:
+        """The pyramid."""
+        if images.ndim != 4 or min(images.shape) < 1:
+            raise ValueError(f"images have shape {images.shape}, expected [B, H, W, C] with none of them 0")
+        drop_rate, attn_drop_rate = (self.drop_rate, self.attn_drop_rate) if train else (0.0, 0.0)
+        drop_paths = iter(np.linspace(0, self.drop_path_rate if train else 0.0, sum(self.depths)).tolist())
+
+        levels = []
+        x = images
+        for s, (depth, dim) in enumerate(zip(self.depths, self.dims, strict=True), start=1):
+            if s == 1:
+                x = Stem(dim, train, self.dtype, name="stem")(x)
+            else:
+                x = PatchEmbed(dim, train, self.dtype, name=f"patch_embedding_{s}")(x)
+            b, *grid, _ = x.shape
+            grid = tuple(grid)
+            x = shard_batch(x.reshape(b, -1, dim))  # [B, h * w, C]
+            fields = {
+                "heads": self.heads[s - 1],
+                "mlp_ratio": self.mlp_ratios[s - 1],
+                "sr_ratio": self.sr_ratios[s - 1],
+                "grid": grid,
+                "drop_rate": drop_rate,
+                "attn_drop_rate": attn_drop_rate,
+                "dtype": self.dtype,
+            }
+            rates = list(itertools.islice(drop_paths, depth))
+            x = apply_blocks(Block, fields, x, rates, f"stage{s}", self.remat, self.scan)
+            x = x.reshape(b, *grid, dim)
+            levels.append(Level(x, self.strides[s - 1]))
+        return tuple(levels)
+
+
+WIDE = (96, 192, 384, 768)
+VARIANTS = {
+    "rest_lite": Variant(ResT((2, 2, 2, 2)), params=10_508_300, gmacs=1.4, top1=77.2),
+    "rest_small": Variant(ResT((2, 2, 6, 2)), params=13_679_708, gmacs=1.9, top1=79.6),
+    "rest_base": Variant(ResT((2, 2, 6, 2), WIDE), params=30_327_052, gmacs=4.3, top1=81.6),
+    "rest_large": Variant(ResT((2, 2, 18, 2), WIDE), params=51_676_156, gmacs=7.9, top1=83.6),
+    # Not from the paper: for small images and small machines.
+    "rest_micro": Variant(
+        ResT((1, 1, 1, 1), (32, 64, 128, 256), sr_ratios=(4, 2, 1, 1), num_classes=10, image_size=32),
+        params=1_456_188,
+    ),
+}

@@ -1,0 +1,266 @@
+"""The tokens-to-token module of T2T-ViT: from an image to tokens at stride 16 (paper section 3.1).
+
+Equal to `T2T_module`, `Token_performer` and `Token_transformer` of github.com/yitu-opensource/T2T-ViT, commit 0f63dc95,
+`models/`, on the square images that those accept. Here the grid is the one that the soft splits make, square or not.
+
+A token after a soft split holds its window. PyTorch's `Unfold` orders the window (c, ky, kx), and the parameters that
+meet it are stored so. `soft_split` orders it (kx, ky, c): that is two concatenations of contiguous rows, on CPU and TPU
+several times faster than the other order, and only the parameters have to be permuted.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vitpyramid.models.attention import attend
+from vitpyramid.models.layers import (
+    Mlp,
+    at_least_float32,
+    layer_norm,
+    linear,
+    normal_init,
+    torch_bias_init,
+    torch_kernel_init,
+)
+
+SOFT_SPLITS = ((7, 4, 2), (3, 2, 1), (3, 2, 1))  # window, stride, zero padding on each side
+TOKEN_DIM = 64
+GUARD = 1e-8  # added to the performer's denominator
+
+
+def token_grid(height: int, width: int) -> tuple[int, int]:
+    """Grid `(h, w)` of the tokens of an image; both sides at least 3."""
+    for window, stride, padding in SOFT_SPLITS:
+        height, width = ((side + 2 * padding - window) // stride + 1 for side in (height, width))
+    return height, width
+
+
+def soft_split(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
+    """Overlapping windows of a zero-padded map, `[B, H, W, C]` -> `[B, h, w, window * window * C]`, as (kx, ky, c)."""
+    h, w = ((side + 2 * padding - window) // stride + 1 for side in x.shape[1:3])
+    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    rows = [x[:, ky : ky + (h - 1) * stride + 1 : stride] for ky in range(window)]
+    x = jnp.concatenate(rows, axis=-1)  # [B, h, W + 2 * padding, (ky, c)]
+    columns = [x[:, :, kx : kx + (w - 1) * stride + 1 : stride] for kx in range(window)]
+    return jnp.concatenate(columns, axis=-1)  # [B, h, w, (kx, ky, c)]
+
+
+def split_order(parameter: jax.Array, window: int) -> jax.Array:
+    """First axis of a parameter, from PyTorch's order (c, ky, kx) to that of `soft_split` (kx, ky, c)."""
+    windows = parameter.reshape(-1, window, window, *parameter.shape[1:])
+    return jnp.swapaxes(windows, 0, 2).reshape(parameter.shape)
+
+
+class SplitNorm(nn.Module):
+    """LayerNorm of soft-split tokens, parameters in PyTorch's order."""
+
+    window: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., D]` -> `[..., D]`."""
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        statistics = at_least_float32(self.dtype)
+        x = nn.LayerNorm(1e-5, statistics, use_bias=False, use_scale=False, use_fast_variance=False)(x)
+        return (x * split_order(scale, self.window) + split_order(bias, self.window)).astype(self.dtype)
+
+
+class SplitLinear(nn.Module):
+    """Dense layer on soft-split tokens, kernel rows in PyTorch's order."""
+
+    features: int
+    window: int
+    use_bias: bool = True
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., D]` -> `[..., features]`."""
+        kernel = self.param("kernel", normal_init, (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        x = x @ split_order(kernel, self.window)
+        return x if bias is None else x + bias
+
+
+class SplitProject(nn.Module):
+    """The last soft split and the dense layer behind it. No norm stands between, so they are one convolution."""
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, H, W, C]` -> `[B, h, w, features]`."""
+        window, stride, padding = SOFT_SPLITS[2]
+        dim = x.shape[-1]
+        kernel = self.param("kernel", normal_init, (dim * window * window, self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        kernel = kernel.reshape(dim, window, window, -1).transpose(1, 2, 0, 3)  # [ky, kx, c, features]
+        return bias + jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), [(padding, padding)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+
+def performer_attention(query: jax.Array, key: jax.Array, value: jax.Array, w: jax.Array) -> jax.Array:
+    """Softmax attention approximated by positive random features, linear in the number of tokens.
+
+    `phi(q) (phi(k)^T v) / (phi(q) . sum_tokens phi(k) + 1e-8)` with `phi(u) = exp(w u - |u|^2 / 2) / sqrt(m)`, in at
+    least float32. This is the official value; the official code takes the exponentials as they are, which overflows
+    in half precision.
+
+    Args:
+      query, key, value: `[B, N, e]`.
+      w: random features, `[m, e]`.
+
+    Returns:
+      `[B, N, e]`, at least float32.
+    """
+    dtype = at_least_float32(value.dtype)
+
+    def exponent(u):
+        u = u.astype(dtype)
+        # The highest precision: on accelerators a float32 product may otherwise be one of bfloat16.
+        wu = jnp.einsum("bne,me->bnm", u, w.astype(dtype), precision="highest")
+        return wu - jnp.sum(u * u, axis=-1, keepdims=True) / 2
+
+    # A shift s of the exponents cancels in the quotient if it is the same in all terms of its sums, and then carries no
+    # gradient. The keys' may differ by feature: exp(s_k) is given back to the query's feature, which meets the keys'
+    # in each term. So the largest phi(k) of each feature is 1. The queries' must be one for all features, and divides
+    # the guard as well. It is at least 0, or the guard would overflow: with s_q > 0 the denominator is at least 1, with
+    # s_q = 0 the guard is m * 1e-8, beside which an underflow of phi(q) is nothing.
+    key_exponent = exponent(key)
+    key_shift = jax.lax.stop_gradient(jnp.max(key_exponent, axis=1, keepdims=True))  # [B, 1, m]
+    query_exponent = exponent(query) + key_shift
+    query_shift = jnp.maximum(jnp.max(query_exponent, axis=2, keepdims=True), 0)
+    query_shift = jax.lax.stop_gradient(query_shift)  # [B, N, 1]
+    phi_key, phi_query = jnp.exp(key_exponent - key_shift), jnp.exp(query_exponent - query_shift)
+
+    guard = GUARD * w.shape[0] * jnp.exp(-query_shift)  # m: both phi are without their 1 / sqrt(m)
+    denominator = jnp.sum(phi_query * jnp.sum(phi_key, axis=1, keepdims=True), axis=2, keepdims=True)
+    key_value = jnp.einsum("bnm,bne->bme", phi_key, value.astype(dtype))
+    return jnp.einsum("bnm,bme->bne", phi_query, key_value) / (denominator + guard)
+
+
+def orthogonal_features(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """`[m, e]`, `m <= e`: orthogonal rows of norm sqrt(m)."""
+    return nn.initializers.orthogonal(math.sqrt(shape[0]))(key, shape)
+
+
+class TokenPerformer(nn.Module):
+    """Performer layer on soft-split tokens; its residual is the value, as the input has another width.
+
+    The random features `w` are drawn once and never trained: they lie in the collection `constants`.
+    """
+
+    window: int
+    drop_rate: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, N, D]` -> `[B, N, 64]`."""
+        x = SplitNorm(self.window, self.dtype, name="norm1")(x)
+        kqv = SplitLinear(3 * TOKEN_DIM, self.window, dtype=self.dtype, name="kqv")(x)
+        key, query, value = jnp.split(kqv, 3, axis=-1)
+        shape = (TOKEN_DIM // 2, TOKEN_DIM)
+        w = self.variable("constants", "w", lambda: orthogonal_features(self.make_rng("params"), shape)).value
+        y = performer_attention(query, key, value, w).astype(self.dtype)
+        y = linear(TOKEN_DIM, self.dtype, "proj")(y)
+        x = value + nn.Dropout(self.drop_rate, deterministic=False)(y)
+        y = layer_norm(1e-5, self.dtype, "norm2")(x)
+        y = nn.gelu(linear(TOKEN_DIM, self.dtype, "mlp_0")(y), approximate=False)
+        y = linear(TOKEN_DIM, self.dtype, "mlp_2")(y)
+        return x + nn.Dropout(self.drop_rate, deterministic=False)(y)
+
+
+class TokenAttention(nn.Module):
+    """Self-attention with one head; its residual is the value."""
+
+    window: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, N, D]` -> `[B, N, 64]`."""
+        qkv = SplitLinear(3 * TOKEN_DIM, self.window, use_bias=False, dtype=self.dtype, name="qkv")(x)
+        query, key, value = jnp.split(qkv[:, :, None], 3, axis=-1)  # [B, N, 1, 64] each
+        # The scale is the input width's, not the head's: so is the official code.
+        y = attend(self, query, key, value, x.shape[-1] ** -0.5)
+        return value[:, :, 0] + linear(TOKEN_DIM, self.dtype, "proj")(y)
+
+
+class TokenTransformer(nn.Module):
+    """Transformer layer on soft-split tokens."""
+
+    window: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, N, D]` -> `[B, N, 64]`."""
+        x = SplitNorm(self.window, self.dtype, name="norm1")(x)
+        x = TokenAttention(self.window, self.dtype, name="attn")(x)
+        return x + Mlp(TOKEN_DIM, dtype=self.dtype, name="mlp")(layer_norm(1e-5, self.dtype, "norm2")(x))
+
+
+class TokensToToken(nn.Module):
+    """Three soft splits with an attention layer after the first and the second; or three convolutions.
+
+    Attributes:
+      dim: width of the tokens.
+      tokens_type: the attention layers, "performer" or "transformer"; or "convolution": the paper's ablation (Table 7),
+        three convolutions with the windows and strides of the soft splits. The official code has their parameters and
+        no forward pass. Applying them one after another with nothing between is ours.
+      drop_rate: the performer's dropout. The others have none.
+      remat: recompute the attention layers in the backward pass instead of storing them.
+    """
+
+    dim: int
+    tokens_type: str
+    drop_rate: float = 0.0
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, H, W, C]` -> `[B, h, w, dim]` with `(h, w) = token_grid(H, W)`."""
+        if self.tokens_type == "convolution":
+            for features, split, name in zip(
+                (TOKEN_DIM, TOKEN_DIM, self.dim), SOFT_SPLITS, ("soft_split0", "soft_split1", "project"), strict=True
+            ):
+                x = self.convolution(x, features, *split, name)
+            return x
+        for i, (window, stride, padding) in enumerate(SOFT_SPLITS[:2], start=1):
+            x = soft_split(x, window, stride, padding)
+            b, *grid, _ = x.shape
+            x = self.attention(window, f"attention{i}")(x.reshape(b, -1, x.shape[-1]))  # [B, h * w, 64]
+            x = x.reshape(b, *grid, TOKEN_DIM)
+        return SplitProject(self.dim, self.dtype, name="project")(x)
+
+    def attention(self, window: int, name: str) -> nn.Module:
+        """The attention layer on windows of `window * window` cells."""
+        kinds = {"performer": TokenPerformer, "transformer": TokenTransformer}
+        if self.tokens_type not in kinds:
+            raise ValueError(f"tokens_type is {self.tokens_type!r}, expected one of {', '.join(kinds)}, convolution")
+        kind = kinds[self.tokens_type]
+        options = {"drop_rate": self.drop_rate} if kind is TokenPerformer else {}
+        return (nn.remat(kind) if self.remat else kind)(window, dtype=self.dtype, name=name, **options)
+
+    def convolution(self, x, features: int, window: int, stride: int, padding: int, name: str) -> jax.Array:
+        """Convolution initialised as PyTorch does: the official initialisation leaves convolutions alone."""
+        return nn.Conv(
+            features,
+            (window, window),
+            stride,
+            padding,
+            dtype=self.dtype,
+            kernel_init=torch_kernel_init,
+            bias_init=torch_bias_init(window * window * x.shape[-1]),
+            name=name,
+        )(x)
