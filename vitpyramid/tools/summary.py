@@ -1,0 +1,317 @@
+"""Size, cost and pyramid of a network at a size of images, without running it or allocating its weights.
+
+    python -m vitpyramid.tools.summary --model=pvt_small --size=384x512
+    python -m vitpyramid.tools.summary --all --markdown
+
+Multiply-accumulates are those of convolutions, linear layers and both products of attention, counted in the traced
+forward pass of one image: every product that depends on the images and has no constant for an operand. So the resizing
+of position tables and the moving of data by constant matrices are not counted, nor are norms, softmax and the like.
+PyTorch's `FlopCounterMode`, halved, gives the same numbers for the papers' own code.
+
+Stored bytes are the arrays that `jax.vjp` of `features` keeps for the backward pass: float32, training mode, per image
+(a batch of two, halved), counted in the stage that makes them. Weights and images are not counted, nor what depends on
+weights alone, and an array and its reshapes count once. Compiled programs keep fewer of them, since they recompute
+element-wise results: read it as an upper bound, to compare stages and sizes with.
+"""
+
+import argparse
+import dataclasses
+import math
+import re
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from vitpyramid.models.pit import PoolConv
+from vitpyramid.models.registry import get_variant, list_models
+from vitpyramid.models.rest import ReduceConv
+from vitpyramid.models.t2t_module import TokenPerformer
+from vitpyramid.models.t2t_vit import CheapOperation
+
+# Why published multiply-accumulates differ from ours, by family.
+REASONS = {"rest": "the published figure omits part of the attention products"}
+OTHER_REASON = "the published figure was counted with another tool"
+ROUNDED = "the published figure is rounded"
+ALLOWED_DIFFERENCE = 0.03
+
+VIEWS = ("reshape", "squeeze", "copy")  # primitives whose result is their operand's memory
+
+
+@dataclasses.dataclass(frozen=True)
+class LevelSummary:
+    """One level of the pyramid; `stored` is the bytes that its stage keeps for the backward pass, per image."""
+
+    stride: int
+    height: int
+    width: int
+    channels: int
+    stored: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a network is at `height x width` images.
+
+    Attributes:
+      parameters: trainable ones.
+      frozen: numbers in fixed tensors; BatchNorm's statistics are in neither.
+      macs: multiply-accumulates of the forward pass of one image.
+      published_gmacs: of its authors, in units of 1e9; None where there are none or the size is not 224 x 224.
+      top1: published ImageNet top-1 in percent, or None.
+      levels: finest first.
+    """
+
+    name: str
+    height: int
+    width: int
+    parameters: int
+    frozen: int
+    macs: int
+    published_gmacs: float | None
+    top1: float | None
+    levels: tuple[LevelSummary, ...]
+
+    @property
+    def stored(self) -> int:
+        """Bytes kept for the backward pass in all stages, per image."""
+        return sum(level.stored for level in self.levels)
+
+    @property
+    def reason(self) -> str:
+        """Why `macs` and `published_gmacs` differ, if they do by more than 3 %; else empty."""
+        published, gmacs = self.published_gmacs, self.macs / 1e9
+        if published is None or abs(gmacs - published) <= ALLOWED_DIFFERENCE * published:
+            return ""
+        decimals = len(str(published).partition(".")[2])
+        return ROUNDED if round(gmacs, decimals) == published else REASONS.get(self.name.split("_")[0], OTHER_REASON)
+
+
+def summarise(name: str, height: int | None = None, width: int | None = None) -> Summary:
+    """Summary of the model called `name` for images of `height x width`, by default the variant's own size.
+
+    Raises `ValueError` for an unknown name and for images that the model refuses.
+    """
+    variant = get_variant(name)
+    model = variant.model
+    native = (model.image_size,) * 2 if isinstance(model.image_size, int) else tuple(model.image_size)
+    height, width = height or native[0], width or native[1]
+    variables = jax.eval_shape(model.init, jax.random.key(0), _images(1, *native))
+    levels = jax.eval_shape(lambda v, x: model.apply(v, x, method="features"), variables, _images(1, height, width))
+    stored = stored_bytes(model, variables, height, width)
+    return Summary(
+        name,
+        height,
+        width,
+        parameters=_size(variables["params"]),
+        frozen=_size(variables.get("constants", {})),
+        macs=count_macs(model, variables, height, width),
+        published_gmacs=variant.gmacs if (height, width) == (224, 224) else None,
+        top1=variant.top1,
+        levels=tuple(LevelSummary(x.stride, *x.x.shape[1:], kept) for x, kept in zip(levels, stored, strict=True)),
+    )
+
+
+def count_macs(model, variables, height: int, width: int) -> int:
+    """Multiply-accumulates of `model` for one image; `variables` may be shapes."""
+    with nn.intercept_methods(_show_sums):
+        jaxpr = jax.make_jaxpr(model.apply)(variables, _images(1, height, width)).jaxpr
+    return _walk(jaxpr, _input_sources(jaxpr))[0]
+
+
+def _show_sums(call, args, kwargs, context):
+    """Puts into the traced program, as a product of vectors, what a layer multiplies and adds element by element."""
+    out, module = call(*args, **kwargs), context.module
+    if context.method_name != "__call__":
+        return out
+    if isinstance(module, (PoolConv, ReduceConv, CheapOperation)):  # grouped convolutions of one channel a group
+        macs = out.size * math.prod(module.variables["params"]["kernel"].shape[:-1])
+    elif isinstance(module, TokenPerformer):  # the denominators
+        macs = out.size // out.shape[-1] * module.variables["constants"]["w"].shape[0]
+    else:
+        return out
+    vector = jnp.broadcast_to(out.ravel()[0], macs)
+    jnp.vdot(vector, vector)
+    return out
+
+
+def stored_bytes(model, variables, height: int, width: int) -> list[int]:
+    """Bytes that each stage of `model` keeps for the backward pass, per image; `variables` may be shapes."""
+    batch = 2  # one image may leave BatchNorm a single value
+    others = {key: value for key, value in variables.items() if key != "params"}
+
+    def maps_and_residuals(params, others, images):
+        def maps(params):
+            options = {"train": True, "mutable": list(others), "rngs": {"dropout": jax.random.key(0)}}
+            levels, _ = model.apply({"params": params, **others}, images, method="features", **options)
+            return [level.x for level in levels]
+
+        levels, backward = jax.vjp(maps, params)
+        return levels, jax.tree.leaves(backward)
+
+    images = _images(batch, height, width)
+    traced, (levels, _) = jax.make_jaxpr(maps_and_residuals, return_shape=True)(variables["params"], others, images)
+    jaxpr, count = traced.jaxpr, len(levels)
+    _, sources = _walk(jaxpr, _input_sources(jaxpr))
+    made = {var: step for step, equation in enumerate(jaxpr.eqns) for var in equation.outvars}
+    ends = [made[var] for var in jaxpr.outvars[:count]]  # the step that ends each stage
+    stored = [0] * count
+    kept = [var for var in jaxpr.outvars[count:] if isinstance(var, core.Var)]
+    for var in {_origin(var, jaxpr.eqns, made) for var in kept}:
+        if var in made and "images" in sources[var]:
+            stage = min(sum(made[var] > end for end in ends), count - 1)
+            stored[stage] += var.aval.size * var.aval.dtype.itemsize
+    return [total // batch for total in stored]
+
+
+def _images(batch: int, height: int, width: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((batch, height, width, 3), jnp.float32)
+
+
+def _size(tree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _origin(var, equations, made):
+    """The variable whose memory `var` is a view of."""
+    while var in made and (equation := equations[made[var]]).primitive.name in VIEWS:
+        var = equation.invars[0]
+    return var
+
+
+def _input_sources(jaxpr) -> list[frozenset]:
+    """Sources of the inputs of a program of weights, then images. A value's sources are empty if it is a constant."""
+    return [frozenset({"weights"})] * (len(jaxpr.invars) - 1) + [frozenset({"images"})]
+
+
+def _walk(jaxpr, inputs: list[frozenset]) -> tuple[int, dict]:
+    """Multiply-accumulates of `jaxpr`, and the sources of each of its variables, given those of its inputs."""
+    sources = dict(zip(jaxpr.invars, inputs, strict=True))
+    macs = 0
+    for equation in jaxpr.eqns:
+        variables = [var if isinstance(var, core.Var) else None for var in equation.invars]
+        operands = [sources.get(var, frozenset()) for var in variables]
+        macs += _equation_macs(equation, operands)
+        sources.update(dict.fromkeys(equation.outvars, frozenset().union(*operands)))
+    return macs, sources
+
+
+def _equation_macs(equation, operands: list[frozenset]) -> int:
+    name, params = equation.primitive.name, equation.params
+    either = frozenset().union(*operands)
+    if name in ("dot_general", "conv_general_dilated"):
+        # A product with a constant moves data, one without images prepares weights.
+        if not all(operands) or "images" not in either:
+            return 0
+        left, right = (var.aval.shape for var in equation.invars)
+        if name == "dot_general":
+            depth = math.prod(left[axis] for axis in params["dimension_numbers"][0][0])
+        else:
+            depth = math.prod(right) // right[params["dimension_numbers"].rhs_spec[0]]
+        return equation.outvars[0].aval.size * depth
+
+    programs = [value for param in params.values() for value in (param if isinstance(param, tuple) else (param,))]
+    programs = [getattr(program, "jaxpr", program) for program in programs if hasattr(program, "eqns")]
+    if name == "scan":
+        first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
+        operands[first:last] = [either] * params["num_carry"]  # after the first round a carry may depend on anything
+        return params["length"] * _walk(programs[0], operands)[0]
+    if name == "cond":
+        return max(_walk(program, operands[1:])[0] for program in programs)
+    macs = 0
+    for program in programs:
+        fits = len(program.invars) == len(operands)
+        macs += _walk(program, operands if fits else [either] * len(program.invars))[0]
+    if macs and name == "while":
+        raise NotImplementedError("products in a loop of unknown length cannot be counted")
+    return macs
+
+
+def describe(summary: Summary) -> str:
+    """A summary as lines of text."""
+    published = f" (published {summary.published_gmacs:g})" if summary.published_gmacs else ""
+    frozen = f" ({summary.frozen:,} frozen beside)" if summary.frozen else ""
+    lines = [
+        f"{summary.name} for images of {summary.height} x {summary.width}",
+        f"parameters  {summary.parameters:,}{frozen}",
+        f"GMACs       {summary.macs / 1e9:.4g}{published}",
+        f"stored      {summary.stored / 2**20:.1f} MiB for the backward pass of an image in float32",
+        *([f"note        {summary.reason}"] if summary.reason else []),
+        "",
+        f"{'stride':>6}  {'grid':>11}  {'channels':>8}  {'stored MiB':>10}",
+    ]
+    for level in summary.levels:
+        grid = f"{level.height} x {level.width}"
+        lines.append(f"{level.stride:>6}  {grid:>11}  {level.channels:>8}  {level.stored / 2**20:>10.1f}")
+    return "\n".join(lines)
+
+
+COLUMNS = ("model", "image", "parameters", "frozen", "GMACs", "published", "top-1", "strides", "channels", "stored MiB")
+
+
+def table(summaries: list[Summary], markdown: bool = False) -> str:
+    """One row a network, reasons for differences below; plain text or Markdown."""
+    reasons = list(dict.fromkeys(summary.reason for summary in summaries if summary.reason))
+    rows = [COLUMNS, *(_row(summary, reasons) for summary in summaries)]
+    if markdown:
+        rows.insert(1, ("---",) + ("---:",) * (len(COLUMNS) - 1))
+        lines = [f"| {' | '.join(row)} |" for row in rows]
+    else:
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    notes = [f"{mark}. {reason}" if markdown else f"[{mark}] {reason}" for mark, reason in enumerate(reasons, start=1)]
+    return "\n".join([*lines, *([""] if notes else []), *notes])
+
+
+def _row(summary: Summary, reasons: list[str]) -> tuple[str, ...]:
+    published = "-" if summary.published_gmacs is None else f"{summary.published_gmacs:g}"
+    return (
+        summary.name,
+        f"{summary.height}x{summary.width}",
+        f"{summary.parameters:,}",
+        f"{summary.frozen:,}",
+        f"{summary.macs / 1e9:.4g}",
+        published + (f" [{reasons.index(summary.reason) + 1}]" if summary.reason else ""),
+        "-" if summary.top1 is None else f"{summary.top1:g}",
+        "/".join(str(level.stride) for level in summary.levels),
+        "/".join(str(level.channels) for level in summary.levels),
+        f"{summary.stored / 2**20:.1f}",
+    )
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """`384x512` (height x width) or `384`."""
+    if not re.fullmatch(r"[1-9][0-9]*(x[1-9][0-9]*)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size, expected HEIGHTxWIDTH or SIDE: 384x512, 384")
+    sides = [int(side) for side in text.split("x")]
+    return sides[0], sides[-1]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command. Prints to stdout, progress to stderr; exits with 2 where the arguments make no sense."""
+    parser = argparse.ArgumentParser("vitpyramid.tools.summary", description=__doc__.splitlines()[0])
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", help="name of the network")
+    which.add_argument("--all", action="store_true", help="a table of all networks")
+    parser.add_argument("--size", type=image_size, default=(None, None), help="HEIGHTxWIDTH or SIDE; default: its own")
+    parser.add_argument("--markdown", action="store_true", help="with --all: the table as Markdown")
+    args = parser.parse_args(argv)
+    if args.markdown and not args.all:
+        parser.error("--markdown is for tables, expected --all beside it")
+    try:
+        if args.model:
+            print(describe(summarise(args.model, *args.size)))
+            return
+        names, summaries = list_models(), []
+        for i, name in enumerate(names, start=1):
+            print(f"{i}/{len(names)} {name}", file=sys.stderr)
+            summaries.append(summarise(name, *args.size))
+        print(table(summaries, args.markdown))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
