@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     model.drop_path_rate = 0.1  # stochastic depth
     model.dtype = "bfloat16"  # of activations and matrix products: "bfloat16" or "float32"
     model.remat = False  # recompute blocks in the backward pass: less memory, more time
-    model.scan = False  # with model.remat: compile one block a stage and loop over it; compiles faster, steps slower
+    model.scan = False  # with model.remat: compile one block a stage and loop over it; needs less memory
 
     config.data = data = ConfigDict()
     data.name = "imagenet2012"  # "digits" or any TFDS image classification data set

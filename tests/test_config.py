@@ -64,6 +64,7 @@ def test_every_key_has_a_comment():
         ("batch_size", -8, "at least 1"),
         ("epochs", 0.0, "more than 0"),
         ("model.name", "pvt_smal", "list_models"),
+        ("model.name", "pit_ti_distilled", "a network with one head"),
         ("model.dtype", "float16", "bfloat16"),
         ("mesh.fsdp", 3, "a divisor of the 8 devices"),
         ("model.scan", True, "model.remat = True"),

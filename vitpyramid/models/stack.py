@@ -25,7 +25,7 @@ def apply_blocks(
       drop_paths: one rate a block.
       name: the blocks are called `{name}_{j}`.
       remat: recompute each block in the backward pass instead of storing what is inside it.
-      scan: compile one block and loop over it: compiles faster, steps slower (benchmarks/README.md). Parameters are
+      scan: compile one block and loop over it, which needs less memory (benchmarks/README.md). Parameters are
         then stacked along a first axis under `name`; `stack_blocks` and `unstack_blocks` convert. Needs `remat`.
 
     Raises:

@@ -110,6 +110,8 @@ def _cross_checks(config: ConfigDict, device_count: int) -> list[str]:
             problems.append(f"{key} = {size}: expected a multiple of the {device_count} devices")
     if device_count % config.mesh.fsdp:
         problems.append(f"mesh.fsdp = {config.mesh.fsdp}: expected a divisor of the {device_count} devices")
+    if config.model.name.endswith("_distilled"):
+        problems.append(f"model.name = {config.model.name!r}: expected a network with one head, no loss has two yet")
     if config.model.scan and not config.model.remat:
         problems.append("model.scan = True: expected model.remat = True with it")
     if config.schedule.warmup_epochs > config.epochs:
