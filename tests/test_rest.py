@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
-from rest_by_hand import Numpy, torch_weights
 
 import golden
 import harness
+from rest_by_hand import Numpy, torch_weights
 from vitpyramid.convert import flax_to_torch, torch_to_flax
 from vitpyramid.models.layers import DropPath
 from vitpyramid.models.registry import create_model, get_variant

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import t2t_by_hand
 
 import golden
+import t2t_by_hand
 from vitpyramid.models.t2t_module import orthogonal_features, performer_attention, soft_split, split_order, token_grid
 
 

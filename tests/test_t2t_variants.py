@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import t2t_by_hand
 
 import golden
+import t2t_by_hand
 from vitpyramid.convert import flax_to_torch, torch_to_flax
 from vitpyramid.models.registry import create_model, get_variant
 from vitpyramid.models.t2t_module import token_grid

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import t2t_by_hand
 from flax import traverse_util
 
 import golden
+import t2t_by_hand
 from harness import assert_within, golden_run
 from vitpyramid.models.attention import Block
 from vitpyramid.models.layers import DropPath
