@@ -31,7 +31,7 @@ class Variant:
       model: unbound module holding the variant's hyper-parameters.
       params: trainable parameters at the module's own `num_classes`.
       gmacs: published multiply-accumulates at 224 x 224, in units of 1e9; None where none were published.
-      top1: published ImageNet top-1, in percent, of the released weights or of the paper where none were; None: neither.
+      top1: published ImageNet top-1 in percent, of released weights or of the paper; None where there is none.
       crop: evaluation crop: the shorter side is resized to `floor(image_size / crop)` before the centre crop.
       interpolation: of the evaluation resize.
       mean, std: per-channel normalisation of images in `[0, 1]`.
