@@ -60,3 +60,14 @@ def assert_within(errors: dict, precision: str, family: str = ""):
         key: error for key, error in errors.items() if not error < tolerances.get(key.split()[0], tolerances["forward"])
     }
     assert not too_large
+
+
+def cubic_matrix(size: int, new_size: int) -> np.ndarray:
+    """`[new_size, size]`: PyTorch's bicubic (Keys' kernel, a = -0.75) along one axis, border values repeated."""
+    x = np.abs((np.arange(new_size)[:, None] + 0.5) * size / new_size - 0.5 - np.arange(-2, size + 2))
+    far = -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
+    matrix = np.where(x < 1, 1.25 * x**3 - 2.25 * x**2 + 1, np.where(x < 2, far, 0))
+    inside = matrix[:, 2:-2].copy()
+    inside[:, 0] += matrix[:, :2].sum(axis=1)
+    inside[:, -1] += matrix[:, -2:].sum(axis=1)
+    return inside

@@ -11,7 +11,7 @@ import pytest
 from flax import traverse_util
 
 import golden
-from harness import assert_within, golden_run
+from harness import assert_within, cubic_matrix, golden_run
 from vitpyramid.convert import flax_to_torch, torch_to_flax
 from vitpyramid.models.attention import Block
 from vitpyramid.models.layers import DropPath
@@ -204,14 +204,6 @@ def test_grids_at_any_size(name, height, width):
     model = create_model(name, depths=(1, 1, 1))
     expected = grids(height, width, model.patch, model.stride)
     assert [shape[1:3] for shape, _ in level_shapes(model, height, width)] == expected
-
-
-def cubic_matrix(rows: int, new_rows: int) -> np.ndarray:
-    """`[new_rows, rows]`: resampling by Keys' cubic kernel (a = -0.5) along one axis, weights scaled to sum 1."""
-    source = (np.arange(new_rows)[:, None] + 0.5) * rows / new_rows - 0.5
-    x = np.abs(source - np.arange(rows))
-    matrix = np.where(x < 1, 1.5 * x**3 - 2.5 * x**2 + 1, np.where(x < 2, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2, 0))
-    return matrix / matrix.sum(axis=1, keepdims=True)
 
 
 @pytest.mark.parametrize("size", [(225, 225), (100, 167), (256, 832), (16, 47), (448, 448)])

@@ -11,7 +11,7 @@ import pytest
 from flax import traverse_util
 
 import golden
-from harness import assert_within, golden_run
+from harness import assert_within, cubic_matrix, golden_run
 from vitpyramid.convert import flax_to_torch, torch_to_flax
 from vitpyramid.models.attention import Block
 from vitpyramid.models.layers import DropPath
@@ -164,14 +164,6 @@ def test_grids_at_any_size(height, width):
     (level,) = jax.eval_shape(functools.partial(model.apply, method="features"), shapes_of(model), images)
     assert level.x.shape == (3, height // 16, width // 16, 768)
     assert jax.eval_shape(model.apply, shapes_of(model), images).shape == (3, 1000)
-
-
-def cubic_matrix(rows: int, new_rows: int) -> np.ndarray:
-    """`[new_rows, rows]`: resampling by Keys' cubic kernel (a = -0.5) along one axis, weights scaled to sum 1."""
-    source = (np.arange(new_rows)[:, None] + 0.5) * rows / new_rows - 0.5
-    x = np.abs(source - np.arange(rows))
-    matrix = np.where(x < 1, 1.5 * x**3 - 2.5 * x**2 + 1, np.where(x < 2, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2, 0))
-    return matrix / matrix.sum(axis=1, keepdims=True)
 
 
 @pytest.mark.parametrize("distilled", [False, True])

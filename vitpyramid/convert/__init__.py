@@ -1,5 +1,7 @@
-"""Weights in from PyTorch and out again."""
+"""Weights in from PyTorch and out again, without PyTorch."""
 
 from vitpyramid.convert.names import flax_to_torch, torch_to_flax
+from vitpyramid.convert.pretrained import load_pretrained
+from vitpyramid.convert.reader import UnsafeFileError, read_torch_file
 
-__all__ = ["flax_to_torch", "torch_to_flax"]
+__all__ = ["UnsafeFileError", "flax_to_torch", "load_pretrained", "read_torch_file", "torch_to_flax"]

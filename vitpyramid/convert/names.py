@@ -64,9 +64,9 @@ def torch_to_flax(name: str, state_dict: Mapping) -> dict:
     """
     arrays = {key: np.asarray(value) for key, value in state_dict.items() if not key.endswith(f".{COUNTER}")}
     shapes = {key: array.shape for key, array in arrays.items()}
-    expected = _expected(name, shapes)
-    _check(name, shapes, {_torch_name(path): _torch_shape(path, shape) for path, shape in expected.items()})
-    flat = {path: _from_torch(path, arrays[_torch_name(path)]) for path in expected}
+    expected = native_shapes(name, shapes)
+    _check(name, shapes, {torch_name(path): torch_shape(path, shape) for path, shape in expected.items()})
+    flat = {path: np.array(from_torch(path, arrays[torch_name(path)]), order="C") for path in expected}
     return traverse_util.unflatten_dict(flat)
 
 
@@ -85,16 +85,16 @@ def flax_to_torch(name: str, variables: Mapping) -> dict[str, np.ndarray]:
       ValueError: unknown `name`; missing keys, unexpected keys, wrong shapes (the message lists them).
     """
     arrays = {path: np.asarray(value) for path, value in traverse_util.flatten_dict(variables).items()}
-    torch_shapes = {_torch_name(path): _torch_shape(path, array.shape) for path, array in arrays.items()}
-    expected = _expected(name, torch_shapes)
+    torch_shapes = {torch_name(path): torch_shape(path, array.shape) for path, array in arrays.items()}
+    expected = native_shapes(name, torch_shapes)
     shapes = {"/".join(path): array.shape for path, array in arrays.items()}
     _check(name, shapes, {"/".join(path): shape for path, shape in expected.items()})
-    state_dict = {_torch_name(path): _to_torch(path, array) for path, array in arrays.items()}
+    state_dict = {torch_name(path): _to_torch(path, array) for path, array in arrays.items()}
     means = [key for key in state_dict if key.endswith(".running_mean")]
     return state_dict | {key.replace("running_mean", COUNTER): np.zeros((), np.int64) for key in means}
 
 
-def _torch_name(path: Path) -> str:
+def torch_name(path: Path) -> str:
     *modules, leaf = path[1:] or path  # path[0] is the collection
     modules = [TORCH_MODULE.get(module) or re.sub(r"_(\d+)$", r".\1", module) for module in modules]
     return ".".join([*modules, TORCH_LEAF.get(leaf, leaf)])
@@ -105,7 +105,7 @@ def _torch_axes(path: Path, ndim: int) -> tuple[int, ...]:
     return TORCH_AXES.get((path[-1], ndim)) or tuple(range(ndim))
 
 
-def _torch_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
+def torch_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(shape[axis] for axis in _torch_axes(path, len(shape)))
 
 
@@ -113,20 +113,26 @@ def _to_torch(path: Path, array: np.ndarray) -> np.ndarray:
     return np.array(array.transpose(_torch_axes(path, array.ndim)), order="C")
 
 
-def _from_torch(path: Path, array: np.ndarray) -> np.ndarray:
-    return np.array(array.transpose(np.argsort(_torch_axes(path, array.ndim))), order="C")
+def from_torch(path: Path, array: np.ndarray) -> np.ndarray:
+    """A PyTorch array in the layout of the Flax array at `path`: a view."""
+    return array.transpose(np.argsort(_torch_axes(path, array.ndim)))
 
 
-def _expected(name: str, torch_shapes: Shapes) -> dict[Path, tuple[int, ...]]:
+def native_shapes(name: str, torch_shapes: Shapes) -> dict[Path, tuple[int, ...]]:
     """Flax shapes by path of the model called `name`, at the head and the position tables of `torch_shapes`."""
     model = create_model(name)
-    head = torch_shapes.get("head.weight", ())
-    num_classes = head[0] if len(head) == 2 else model.num_classes
-    image_size = _image_size(name, torch_shapes) or model.image_size
-    return _model_shapes(name, num_classes, image_size)
+    num_classes = head_rows(torch_shapes) or model.num_classes
+    image_size = native_image_size(name, torch_shapes) or model.image_size
+    return model_shapes(name, num_classes, image_size)
 
 
-def _image_size(name: str, torch_shapes: Shapes) -> int | None:
+def head_rows(torch_shapes: Shapes) -> int | None:
+    """Number of classes of a state dict; None without a head."""
+    head = torch_shapes.get("head.weight") or torch_shapes.get("head.fc.weight", ())
+    return head[0] if len(head) == 2 else None
+
+
+def native_image_size(name: str, torch_shapes: Shapes) -> int | None:
     """Side of the square images that position tables are made for; None if there are none or they make no sense."""
     family = name.split("_")[0]
     if family == "pvt" and len(table := torch_shapes.get("pos_embed1", ())) == 3:
@@ -143,29 +149,35 @@ def _image_size(name: str, torch_shapes: Shapes) -> int | None:
     return None
 
 
-@functools.lru_cache(maxsize=16)
-def _model_shapes(name: str, num_classes: int, image_size: int) -> dict[Path, tuple[int, ...]]:
+@functools.lru_cache(maxsize=64)
+def model_shapes(name: str, num_classes: int, image_size: int) -> dict[Path, tuple[int, ...]]:
     model = create_model(name, num_classes=num_classes, image_size=image_size)
     images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(variables).items()}
 
 
-def _check(name: str, shapes: Shapes, expected: Shapes) -> None:
-    """Raises `ValueError` with what is missing, unexpected or of another shape."""
+def compare(shapes: Shapes, expected: Shapes) -> dict[str, list[str]]:
+    """Keys that are "missing", "unexpected", or of a "wrong shape"; kinds without any are left out."""
     problems = {
         "missing": [key for key in expected if key not in shapes],
         "unexpected": [key for key in shapes if key not in expected],
-        "wrong shape": [
-            f"{key} {shapes[key]}, expected {shape}"
-            for key, shape in expected.items()
-            if shapes.get(key, shape) != shape
-        ],
+        "wrong shape": [key for key, shape in expected.items() if shapes.get(key, shape) != shape],
     }
+    return {kind: keys for kind, keys in problems.items() if keys}
+
+
+def describe(problems: Mapping[str, list[str]], shapes: Shapes, expected: Shapes) -> str:
+    """What `compare` found, a line a key, at most `LISTED` of each kind."""
     lines = []
-    for kind, found in problems.items():
-        if found:
-            more = ["..."] if len(found) > LISTED else []
-            lines += [f"{kind} ({len(found)}):"] + [f"  {line}" for line in found[:LISTED] + more]
-    if lines:
-        raise ValueError(f"these are not the parameters of {name}\n" + "\n".join(lines))
+    for kind, keys in problems.items():
+        lines.append(f"{kind} ({len(keys)}):")
+        for key in keys[:LISTED]:
+            lines.append(f"  {key} {shapes[key]}, expected {expected[key]}" if kind == "wrong shape" else f"  {key}")
+        lines += ["  ..."] if len(keys) > LISTED else []
+    return "\n".join(lines)
+
+
+def _check(name: str, shapes: Shapes, expected: Shapes) -> None:
+    if problems := compare(shapes, expected):
+        raise ValueError(f"these are not the parameters of {name}\n{describe(problems, shapes, expected)}")

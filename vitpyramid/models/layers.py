@@ -1,8 +1,11 @@
 """Layers that the families share: initialisers, patch convolution, MLP, drop path, position tables."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 # Mesh axes over which the batch is split. Parameters may be split over some of them as well.
@@ -101,6 +104,39 @@ class Mlp(nn.Module):
         return nn.Dropout(self.drop_rate, deterministic=False)(x)
 
 
+class BatchNorm(nn.Module):
+    """Batch normalisation as PyTorch has it, epsilon 1e-5, momentum 0.1.
+
+    Batches are normalised with the biased variance; the running one takes the unbiased, where Flax's own module takes
+    the biased. Statistics are in at least float32, in two passes. In a jitted step over a sharded batch they are those
+    of the whole batch. `train=True` uses the batch's statistics and updates the running ones (`batch_stats`).
+    """
+
+    train: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, h, w, C]` -> the same. Raises `ValueError` in training where a channel has a single value."""
+        c = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (c,))
+        bias = self.param("bias", nn.initializers.zeros, (c,))
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (c,))
+        running_var = self.variable("batch_stats", "var", jnp.ones, (c,))
+        x = x.astype(at_least_float32(self.dtype))
+        mean, var = running_mean.value, running_var.value
+        if self.train:
+            n = x.size // c
+            if n < 2:
+                raise ValueError(f"batch norm got {x.shape} in training, expected more than one value in each channel")
+            mean = x.mean((0, 1, 2))
+            var = jnp.square(x - mean).mean((0, 1, 2))
+            if not self.is_initializing():
+                running_mean.value = 0.9 * running_mean.value + 0.1 * mean
+                running_var.value = 0.9 * running_var.value + 0.1 * var * (n / (n - 1))
+        return ((x - mean) * (jax.lax.rsqrt(var + 1e-5) * scale) + bias).astype(self.dtype)
+
+
 class DropPath(nn.Module):
     """Stochastic depth: drops the whole branch of a sample with probability `rate`, scales the kept ones."""
 
@@ -116,18 +152,45 @@ class DropPath(nn.Module):
 
 
 def resize_positions(table: jax.Array, grid: tuple[int, int], new_grid: tuple[int, int], method: str) -> jax.Array:
-    """Position table of one grid, resampled for another. Torch's `interpolate(align_corners=False)`, no antialiasing.
+    """Position table of one grid, resampled for another: PyTorch's `interpolate(align_corners=False)`.
 
     Args:
       table: `[1, h * w, C]`, row-major over `grid = (h, w)`.
       new_grid: `(h', w')`.
-      method: of `jax.image.resize`.
+      method: "bilinear" or "bicubic", both without antialiasing.
 
     Returns:
       `[1, h' * w', C]`; `table` itself where the grids agree.
     """
     if grid == new_grid:
         return table
+    weights = {"bilinear": _bilinear_weight, "bicubic": _bicubic_weight}[method]
+    rows, columns = (
+        jnp.asarray(_resampling(*sizes, weights), table.dtype) for sizes in zip(grid, new_grid, strict=True)
+    )
     dim = table.shape[-1]
-    resized = jax.image.resize(table.reshape(1, *grid, dim), (1, *new_grid, dim), method, antialias=False)
+    resized = jnp.einsum("Hh,Ww,hwc->HWc", rows, columns, table.reshape(*grid, dim), precision="highest")
     return resized.reshape(1, -1, dim)
+
+
+def _bilinear_weight(distance: np.ndarray) -> np.ndarray:
+    return np.maximum(1 - distance, 0)
+
+
+def _bicubic_weight(distance: np.ndarray) -> np.ndarray:
+    """Keys' cubic with PyTorch's a = -0.75; `jax.image.resize` has a = -0.5."""
+    a, x = -0.75, distance
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+    return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+
+
+def _resampling(size: int, new_size: int, weight: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Matrix `[new_size, size]` that resamples one axis; beyond the border the outermost value counts."""
+    centres = (np.arange(new_size) + 0.5) * size / new_size - 0.5
+    first = np.floor(centres).astype(int) - 1
+    matrix = np.zeros((new_size, size))
+    for tap in range(4):
+        weights = weight(np.abs(centres - (first + tap)))
+        np.add.at(matrix, (np.arange(new_size), np.clip(first + tap, 0, size - 1)), weights)
+    return matrix

@@ -2,7 +2,7 @@
 
 Heo et al., "Rethinking Spatial Dimensions of Vision Transformers", ICCV 2021, arXiv 2103.16302. Equal to `pit.py` of
 github.com/naver-ai/pit, commit 9d97a62e, which takes only images whose grid of patches is the position table's. Here
-the table is resized for any other grid, bicubically (Keys' cubic with a = -0.5, not PyTorch's -0.75).
+the table is resized for any other grid, bicubically as PyTorch does it.
 """
 
 import functools
@@ -216,7 +216,7 @@ class PiT(nn.Module):
         x = PatchEmbed(self.dims[0], self.patch, self.stride, self.dtype, name="patch_embed")(images)
         b, *grid, dim = x.shape
         table = self.param("pos_embed", normal_init, (1, *native, dim)).reshape(1, -1, dim)
-        positions = resize_positions(table, native, tuple(grid), "cubic").reshape(1, *grid, dim)
+        positions = resize_positions(table, native, tuple(grid), "bicubic").reshape(1, *grid, dim)
         x = nn.Dropout(drop_rate, deterministic=False)(x + positions.astype(self.dtype))
         # Class tokens have no position.
         class_tokens = self.param("cls_token", normal_init, (1, 1 + self.distilled, dim))

@@ -19,6 +19,7 @@ import numpy as np
 
 from vitpyramid.models.attention import attend
 from vitpyramid.models.layers import (
+    BatchNorm,
     DropPath,
     Mlp,
     at_least_float32,
@@ -50,39 +51,6 @@ def convolution(features: int, kernel: int, stride: int, dtype, name: str, group
         bias_init=torch_bias_init(bias_fan_in) if bias_fan_in else None,
         name=name,
     )
-
-
-class BatchNorm(nn.Module):
-    """Batch normalisation as PyTorch has it, epsilon 1e-5, momentum 0.1.
-
-    Batches are normalised with the biased variance; the running one takes the unbiased, where Flax's own module takes
-    the biased. Statistics are in at least float32, in two passes. In a jitted step over a sharded batch they are those
-    of the whole batch. `train=True` uses the batch's statistics and updates the running ones (`batch_stats`).
-    """
-
-    train: bool
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[B, h, w, C]` -> the same. Raises `ValueError` in training where a channel has a single value."""
-        c = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (c,))
-        bias = self.param("bias", nn.initializers.zeros, (c,))
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (c,))
-        running_var = self.variable("batch_stats", "var", jnp.ones, (c,))
-        x = x.astype(at_least_float32(self.dtype))
-        mean, var = running_mean.value, running_var.value
-        if self.train:
-            n = x.size // c
-            if n < 2:
-                raise ValueError(f"batch norm got {x.shape} in training, expected more than one value in each channel")
-            mean = x.mean((0, 1, 2))
-            var = jnp.square(x - mean).mean((0, 1, 2))
-            if not self.is_initializing():
-                running_mean.value = 0.9 * running_mean.value + 0.1 * mean
-                running_var.value = 0.9 * running_var.value + 0.1 * var * (n / (n - 1))
-        return ((x - mean) * (jax.lax.rsqrt(var + 1e-5) * scale) + bias).astype(self.dtype)
 
 
 class PixelAttention(nn.Module):

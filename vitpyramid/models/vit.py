@@ -3,8 +3,8 @@
 Touvron et al., "Training data-efficient image transformers & distillation through attention", ICML 2021, arXiv
 2012.12877; Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021, arXiv 2010.11929. Equal to `models.py` of
 github.com/facebookresearch/deit on the `VisionTransformer` of timm 0.3.2, which take only images of the size the model
-was built for. Here the position table is resized for any other grid, bicubically (Keys' cubic with a = -0.5; the
-official fine-tuning script resizes tables with PyTorch's bicubic, a = -0.75).
+was built for. Here the position table is resized for any other grid, bicubically, as the official fine-tuning script
+does.
 """
 
 import flax.linen as nn
@@ -118,7 +118,7 @@ class ViT(nn.Module):
         class_tokens = [jnp.broadcast_to(token, (b, 1, dim)).astype(self.dtype) for token in class_tokens]
         x = jnp.concatenate([*class_tokens, x.reshape(b, -1, dim)], axis=1)  # [B, T + h * w, C]
         table = self.param("pos_embed", normal_init, (1, extra + native[0] * native[1], dim))
-        positions = resize_positions(table[:, extra:], native, tuple(grid), "cubic")
+        positions = resize_positions(table[:, extra:], native, tuple(grid), "bicubic")
         positions = jnp.concatenate([table[:, :extra], positions], axis=1)
         x = x + positions.astype(self.dtype)
         x = shard_batch(nn.Dropout(drop_rate, deterministic=False)(x))

@@ -1,0 +1,170 @@
+"""The command `python -m vitpyramid.convert`, what takes its results, and `load_pretrained`."""
+
+import hashlib
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+from safetensors.numpy import load_file, save_file
+
+import vitpyramid
+from configs import quickstart
+from vitpyramid.convert import __main__ as command
+from vitpyramid.convert import names
+from vitpyramid.train import checkpoint, loop
+from vitpyramid.train.config import ConfigError
+from vitpyramid.train.mesh import make_mesh
+from vitpyramid.train.program import build
+from vitpyramid.train.state import create_state
+
+
+def random_state_dict(name: str = "pvt_micro", num_classes: int = 10, image_size: int = 32) -> dict:
+    rng = np.random.default_rng(0)
+    shapes = names.model_shapes(name, num_classes, image_size)
+    return {
+        names.torch_name(path): 0.1 * rng.standard_normal(names.torch_shape(path, shape)).astype(np.float32)
+        for path, shape in shapes.items()
+    }
+
+
+def run(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
+    return command.main()
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A file of weights as PyTorch would have written it."""
+    path = tmp_path / "weights.safetensors"
+    save_file(random_state_dict(), path)
+    return path
+
+
+def assert_same(left: dict, right: dict):
+    left, right = traverse_util.flatten_dict(left), traverse_util.flatten_dict(right)
+    assert left.keys() == right.keys()
+    for path, array in left.items():
+        np.testing.assert_array_equal(array, right[path], err_msg="/".join(path))
+
+
+def test_there_and_back(monkeypatch, tmp_path, weights, capsys):
+    out, back = tmp_path / "out", tmp_path / "back.safetensors"
+    assert run(monkeypatch, weights, f"--out={out}") == 0
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    printed = capsys.readouterr().out
+    assert digest in printed
+    assert "recognised pvt_micro, 10 classes, 32 x 32 pixels" in printed
+    report = json.loads((out / "conversion.json").read_text())
+    assert report["sha256"] == digest
+    assert report["network"] == {"name": "pvt_micro", "num_classes": 10, "image_size": 32}
+    assert report["keys"] == {key: key for key in random_state_dict()}
+
+    monkeypatch.setattr(command, "find_spec", lambda name: None)  # as without PyTorch
+    assert run(monkeypatch, out, "--to-torch", f"--out={back}") == 0
+    again = load_file(back)
+    assert again.keys() == random_state_dict().keys()
+    for key, array in random_state_dict().items():
+        np.testing.assert_array_equal(again[key], array)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back.safetensors", "out", "weights.safetensors"]
+
+
+def test_batch_statistics_go_there_and_back(monkeypatch, tmp_path):
+    state_dict = names.flax_to_torch("rest_micro", names.torch_to_flax("rest_micro", random_state_dict("rest_micro")))
+    save_file(state_dict, tmp_path / "rest.safetensors")
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    assert run(monkeypatch, tmp_path / "rest.safetensors", f"--out={tmp_path / 'out'}") == 0
+    assert run(monkeypatch, tmp_path / "out", "--to-torch", f"--out={tmp_path / 'back.safetensors'}") == 0
+    again = load_file(tmp_path / "back.safetensors")
+    assert again.keys() == state_dict.keys()
+    assert again["stem.norm1.num_batches_tracked"].dtype == np.int64
+    for key, array in state_dict.items():
+        np.testing.assert_array_equal(again[key], array)
+
+
+def test_load_pretrained_gives_the_same_from_file_and_folder(monkeypatch, tmp_path, weights):
+    assert run(monkeypatch, weights, f"--out={tmp_path / 'out'}") == 0
+    model, variables = vitpyramid.load_pretrained(weights)
+    assert (type(model).__name__, model.num_classes, model.image_size) == ("PVT", 10, 32)
+    assert_same(variables, names.torch_to_flax("pvt_micro", random_state_dict()))
+    other_model, other = vitpyramid.load_pretrained(tmp_path / "out", "pvt_micro")
+    assert other_model == model
+    assert_same(other, variables)
+    with pytest.raises(ValueError, match=r"expected weights of pvt_tiny, these are of pvt_micro"):
+        vitpyramid.load_pretrained(tmp_path / "out", "pvt_tiny")
+    with pytest.raises(ValueError, match=r"weights\.safetensors: these are not the parameters of pvt_tiny"):
+        vitpyramid.load_pretrained(weights, "pvt_tiny")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model=pvt_tiny"], "these are not the parameters of pvt_tiny"),
+        (["--model=pvt_tinny"], "unknown model 'pvt_tinny'; expected one of list_models(), such as pvt_tiny"),
+        (["--weights=ema"], "--weights=ema: expected one of state_dict_ema"),
+    ],
+)
+def test_refused_conversions_write_nothing(monkeypatch, tmp_path, weights, capsys, arguments, message):
+    assert run(monkeypatch, weights, f"--out={tmp_path / 'out'}", *arguments) == 1
+    assert message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["weights.safetensors"]
+
+
+@pytest.mark.parametrize("argument", ["--allow=everything", "--size=31", "--num-classes=0", "--weights=best"])
+def test_bad_arguments_are_named(monkeypatch, tmp_path, weights, capsys, argument):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, weights, f"--out={tmp_path / 'out'}", argument)
+    assert argument.split("=")[0] in capsys.readouterr().err
+
+
+def test_nothing_is_replaced(monkeypatch, tmp_path, weights, capsys):
+    out, back = tmp_path / "out", tmp_path / "back.safetensors"
+    assert run(monkeypatch, weights, f"--out={out}") == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert run(monkeypatch, weights, f"--out={out}") == 1
+    back.write_text("mine")
+    assert run(monkeypatch, out, "--to-torch", f"--out={back}") == 1
+    assert capsys.readouterr().err.count("nothing is replaced") == 2
+    assert back.read_text() == "mine"
+    with pytest.raises(ConfigError, match="this one holds converted weights"):
+        loop.train(quickstart.get_config(), out)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_evaluation_takes_converted_weights(monkeypatch, tmp_path, weights, data_dir):
+    assert run(monkeypatch, weights, f"--out={tmp_path / 'out'}") == 0
+    config = quickstart.get_config()
+    config.update_from_flattened_dict({"data.data_dir": data_dir, "compile_cache": "", "ema.decay": 0.9})
+    step, metrics = loop.evaluate_checkpoint(config, tmp_path / "out")
+    assert step == 0
+    assert metrics.keys() == {"loss", "top1", "top5"}
+    config.model.name = "pvt_tiny"
+    with pytest.raises(ConfigError, match=r"model\.name: 'pvt_micro' -> 'pvt_tiny'"):
+        loop.evaluate_checkpoint(config, tmp_path / "out")
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_load_pretrained_takes_a_work_directory(tmp_path, scan):
+    config = quickstart.get_config()
+    config.update_from_flattened_dict({"ema.decay": 0.9, "model.remat": scan, "model.scan": scan})
+    mesh = make_mesh(1)
+    with jax.set_mesh(mesh):
+        program = build(config, 640, mesh)
+        state = create_state(program.init, program.state)
+    state = state.replace(step=state.step + 7, ema=jax.tree.map(lambda leaf: leaf + 1, state.ema))
+    with checkpoint.open_checkpoints(tmp_path) as manager:
+        checkpoint.save(manager, state, config, 640)
+    raw_model, raw = vitpyramid.load_pretrained(tmp_path, weights="raw")
+    model, average = vitpyramid.load_pretrained(tmp_path)
+    assert model == raw_model == vitpyramid.create_model("pvt_micro", num_classes=10, image_size=32)
+    assert raw["params"]["block1_0"]["attn"]["q"]["kernel"].ndim == 2
+    assert_same(average, jax.tree.map(lambda leaf: leaf + 1, raw))
+    if not scan:
+        assert_same(raw, jax.device_get(state.variables))
+
+
+def test_a_folder_without_checkpoint_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="expected a folder with a complete checkpoint in checkpoints/"):
+        vitpyramid.load_pretrained(tmp_path)

@@ -1,0 +1,245 @@
+"""State dicts of other shapes and names: containers, dialects, recognition, heads, position tables."""
+
+import functools
+import re
+
+import numpy as np
+import pytest
+
+from vitpyramid import list_models
+from vitpyramid.convert import names
+from vitpyramid.convert.containers import open_contents
+from vitpyramid.convert.importer import import_weights, recognise
+
+
+def random_state_dict(name: str, num_classes: int = 10, image_size: int = 32) -> dict:
+    rng = np.random.default_rng(0)
+    shapes = names.model_shapes(name, num_classes, image_size)
+    return {
+        names.torch_name(path): rng.standard_normal(names.torch_shape(path, shape)).astype(np.float32)
+        for path, shape in shapes.items()
+    }
+
+
+@functools.cache
+def pvt() -> dict:
+    return random_state_dict("pvt_micro")
+
+
+def prefixed(prefix: str, state_dict: dict) -> dict:
+    return {prefix + key: array for key, array in state_dict.items()}
+
+
+OTHER = {"weight": np.zeros(3, np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("content", "weights", "container"),
+    [
+        (pvt, "auto", "the file itself"),
+        (lambda: {"model": pvt(), "epoch": 3, "args": {}}, "auto", "model"),
+        (lambda: {"state_dict": OTHER, "state_dict_ema": pvt(), "arch": "x"}, "auto", "state_dict_ema"),
+        (lambda: {"state_dict": OTHER, "state_dict_ema": pvt()}, "ema", "state_dict_ema"),
+        (lambda: {"state_dict": pvt(), "state_dict_ema": OTHER}, "raw", "state_dict"),
+        (lambda: {"model": pvt(), "model_ema": OTHER}, "auto", "model"),
+        (lambda: {"model": OTHER, "model_ema": pvt()}, "ema", "model_ema"),
+        (lambda: {"net": prefixed("module.", pvt()), "acc": 98.0}, "auto", "net"),
+        (lambda: {"state_dict": prefixed("module._orig_mod.", pvt())}, "auto", "state_dict"),
+        (lambda: {**pvt(), "total_ops": np.zeros(1), "block1.0.total_params": np.zeros(1)}, "auto", "the file itself"),
+    ],
+)
+def test_containers(content, weights, container):
+    contents = open_contents(content(), weights)
+    assert contents.container == container
+    assert contents.state_dict.keys() == pvt().keys()
+    for key, array in contents.state_dict.items():
+        np.testing.assert_array_equal(array, pvt()[key])
+    assert contents.ignored == [key for key in content() if "total_" in key]
+
+
+@pytest.mark.parametrize(
+    ("content", "weights", "message"),
+    [
+        (lambda: [1, 2], "auto", "holds a list"),
+        (lambda: {"epoch": 3, "optimizer": {}}, "auto", "epoch, optimizer"),
+        (
+            lambda: {"state_dict": pvt()},
+            "ema",
+            "expected one of state_dict_ema, model_ema, ema in the file; it has state_",
+        ),
+        (pvt, "ema", "one set of weights without a name"),
+        (lambda: {"state_dict_ema": pvt()}, "raw", "it has state_dict_ema"),
+        (lambda: {**pvt(), **prefixed("module.", pvt())}, "auto", "differ only by the prefix"),
+    ],
+)
+def test_no_state_dict_is_an_error(content, weights, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        open_contents(content(), weights)
+
+
+def test_timm_names_of_pit():
+    official = random_state_dict("pit_ti_distilled", 10, 64)
+    for shift, names_found in ((1, "timm >= 0.9"), (0, "timm <= 0.8")):
+        timm = {
+            re.sub(r"^pools\.(\d)", lambda match, s=shift: f"transformers.{int(match[1]) + s}.pool", key): array
+            for key, array in official.items()
+        }
+        contents = open_contents(timm)
+        assert contents.names == names_found
+        assert contents.state_dict.keys() == official.keys()
+        for key, array in contents.state_dict.items():
+            assert array is official[key]
+            assert timm[contents.origin[key]] is array
+
+
+def hugging_face_name(key: str) -> str:
+    """HuggingFace's name of an official PVT key; `attn.kv` must have been split before."""
+    rules = [
+        (r"^head\.", "classifier."),
+        (r"^norm\.", "pvt.encoder.layer_norm."),
+        (r"^cls_token$", "pvt.encoder.patch_embeddings.3.cls_token"),
+        (r"^pos_embed(\d)$", "pvt.encoder.patch_embeddings.{s}.position_embeddings"),
+        (r"^patch_embed(\d)\.proj\.", "pvt.encoder.patch_embeddings.{s}.projection."),
+        (r"^patch_embed(\d)\.norm\.", "pvt.encoder.patch_embeddings.{s}.layer_norm."),
+        (r"^block(\d)\.", "pvt.encoder.block.{s}."),
+    ]
+    for pattern, name in rules:
+        if match := re.match(pattern, key):
+            key = name.format(s=int(match[1]) - 1 if match.groups() else "") + key[match.end() :]
+            break
+    inside = {"norm1": "layer_norm_1", "norm2": "layer_norm_2", "mlp.fc1": "mlp.dense1", "mlp.fc2": "mlp.dense2"}
+    attention = {"q": "self.query", "k": "self.key", "v": "self.value", "sr": "self.sequence_reduction"}
+    attention |= {"norm": "self.layer_norm", "proj": "output.dense"}
+    for old, new in {**inside, **{f"attn.{old}": f"attention.{new}" for old, new in attention.items()}}.items():
+        key = re.sub(rf"(block\.\d\.\d+)\.{re.escape(old)}\.", rf"\1.{new}.", key)
+    return key
+
+
+def test_hugging_face_names_of_pvt():
+    theirs = {}
+    for key, array in pvt().items():
+        if ".attn.kv." in key:
+            (
+                theirs[hugging_face_name(key.replace(".kv.", ".k."))],
+                theirs[hugging_face_name(key.replace(".kv.", ".v."))],
+            ) = np.split(array, 2)
+        else:
+            theirs[hugging_face_name(key)] = array
+    assert "pvt.encoder.block.1.0.attention.self.sequence_reduction.weight" in theirs
+    assert not any(key.startswith(("block", "head", "pos")) for key in theirs)
+    contents = open_contents(theirs)
+    assert contents.names == "HuggingFace"
+    assert contents.state_dict.keys() == pvt().keys()
+    for key, array in contents.state_dict.items():
+        np.testing.assert_array_equal(array, pvt()[key])
+    assert contents.origin["block1.0.attn.kv.bias"].count(" + ") == 1
+
+
+@pytest.mark.parametrize("prefix", ["backbone.", "backbone.bottom_up."])
+def test_detectors(prefix):
+    without = {key: array for key, array in pvt().items() if not key.startswith(("head.", "norm.", "cls_token"))}
+    without["pos_embed4"] = without["pos_embed4"][:, 1:]
+    content = {"state_dict": {**prefixed(prefix, without), "neck.conv.weight": np.zeros(3)}, "meta": {}}
+    contents = open_contents(content)
+    with pytest.raises(ValueError, match=r"missing \(5\)"):
+        import_weights(contents, "pvt_micro")
+    converted = import_weights(contents, num_classes=7, allow=("missing",))
+    assert converted.name == "pvt_micro"
+    assert converted.notes["ignored"] == ["neck.conv.weight"]
+    absent = ["cls_token", "head.bias", "head.weight", "norm.bias", "norm.weight"]
+    assert converted.notes["initialised"] == [*absent, "pos_embed4[:, 0]"]
+    params = converted.variables["params"]
+    np.testing.assert_array_equal(params["pos_embed4"][:, 1:], pvt()["pos_embed4"][:, 1:])
+    np.testing.assert_array_equal(params["pos_embed4"][:, 0], 0)
+    assert params["head"]["kernel"].shape == (256, 7)
+    np.testing.assert_array_equal(params["norm"]["scale"], 1)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_network_is_recognised(name):
+    shapes = {key: array.shape for key, array in empty_state_dict(name).items()}
+    if name in ("t2t_vit_14", "t2t_vit_14_resnext"):
+        with pytest.raises(ValueError, match="t2t_vit_14, t2t_vit_14_resnext equally well: --model"):
+            recognise(shapes)
+    else:
+        assert recognise(shapes) == name
+
+
+def empty_state_dict(name: str) -> dict:
+    """Arrays of the right shapes that take no memory, for 17 classes."""
+    shapes = {names.torch_name(p): names.torch_shape(p, s) for p, s in names.model_shapes(name, 17, 224).items()}
+    return {key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()}
+
+
+def test_other_keys_are_not_recognised():
+    with pytest.raises(ValueError, match=r"no model is known by these keys: layer4\.weight"):
+        recognise({"layer4.weight": (3, 3)})
+
+
+def damaged() -> dict:
+    state_dict = {**pvt(), "extra": np.zeros(2, np.float32), "norm.bias": np.zeros(3, np.float32)}
+    del state_dict["block1.0.attn.q.bias"]
+    return state_dict
+
+
+def test_problems_are_listed_and_refused_unless_allowed():
+    contents = open_contents(damaged())
+    with pytest.raises(ValueError) as error:
+        import_weights(contents, allow=("missing",))
+    for line in ("unexpected (1):\n  extra", "norm.bias (3,), expected (256,)", "--allow=unexpected,wrong_shape"):
+        assert line in str(error.value)
+    assert "attn.q.bias" not in str(error.value)
+    converted = import_weights(contents, allow=("missing", "unexpected", "wrong shape"))
+    assert converted.notes["initialised"] == ["block1.0.attn.q.bias", "norm.bias"]
+    assert converted.notes["unexpected"] == ["extra"]
+    np.testing.assert_array_equal(converted.variables["params"]["norm"]["bias"], np.zeros(256))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_parameters_become_float32(dtype):
+    contents = open_contents({key: array.astype(dtype) for key, array in pvt().items()})
+    kernel = import_weights(contents).variables["params"]["head"]["kernel"]
+    assert kernel.dtype == np.float32
+    np.testing.assert_array_equal(kernel, pvt()["head.weight"].astype(dtype).astype(np.float32).T)
+
+
+def test_new_head_is_initialised_and_the_same_number_of_classes_keeps_it():
+    contents = open_contents(random_state_dict("pit_ti_distilled", 10, 64))
+    kept = import_weights(contents, num_classes=10)
+    np.testing.assert_array_equal(kept.variables["params"]["head"]["kernel"], contents.state_dict["head.weight"].T)
+    converted = import_weights(contents, num_classes=3)
+    assert converted.notes == {"initialised": ["head.bias", "head.weight", "head_dist.bias", "head_dist.weight"]}
+    for head in ("head", "head_dist"):
+        kernel = converted.variables["params"][head]["kernel"]
+        assert kernel.shape == (256, 3)
+        assert 0 < np.abs(kernel).max() <= 1 / 16  # uniform in +-1 / sqrt(256): PyTorch's default, as PiT has it
+
+
+# Row 1 of the matrix that PyTorch's bicubic `interpolate` is, from 5 to 7.
+TORCH_ROW = [0.4198250728862974, 0.6851311953352769, -0.10495626822157435, 0.0, 0.0]
+
+
+def test_position_tables_are_resized_as_pytorch_does():
+    contents = open_contents(random_state_dict("deit_tiny_distilled", 10, 80))
+    converted = import_weights(contents, image_size=112)
+    assert (converted.image_size, converted.notes) == (112, {"resized": ["pos_embed"]})
+    table, old = converted.variables["params"]["pos_embed"], contents.state_dict["pos_embed"]
+    np.testing.assert_array_equal(table[:, :2], old[:, :2])
+    row = np.asarray(TORCH_ROW)
+    expected = np.einsum("h,w,hwc->c", row, row, old[0, 2:].reshape(5, 5, -1))
+    np.testing.assert_allclose(table[0, 2:].reshape(7, 7, -1)[1, 1], expected, atol=1e-6)
+
+
+def test_each_table_of_pvt_and_the_map_of_pit_are_resized():
+    converted = import_weights(open_contents(pvt()), image_size=64)
+    assert converted.notes["resized"] == ["pos_embed1", "pos_embed2", "pos_embed3", "pos_embed4"]
+    table = converted.variables["params"]["pos_embed4"]
+    np.testing.assert_allclose(table[:, 1:], np.repeat(pvt()["pos_embed4"][:, 1:], 4, axis=1), rtol=1e-6)
+    pit = random_state_dict("pit_ti", 10, 64)
+    converted = import_weights(open_contents(pit), image_size=96)
+    assert converted.variables["params"]["pos_embed"].shape == (1, 11, 11, 64)
+
+
+def test_tables_that_are_computed_are_resized_too():
+    converted = import_weights(open_contents(random_state_dict("t2t_vit_7", 10, 64)), image_size=96)
+    assert converted.variables["constants"]["pos_embed"].shape == (1, 37, 256)

@@ -1,0 +1,166 @@
+"""Turns PyTorch weights into an Orbax checkpoint, and back.
+
+    python -m vitpyramid.convert pvt_small.pth --out=weights/pvt_small
+    python -m vitpyramid.convert weights/pvt_small --to-torch --out=pvt_small.safetensors
+
+The first reads .pth, .pth.tar, .bin, .safetensors, hf://owner/repo and https:// sources; `main.py --mode=eval
+--workdir=weights/pvt_small`, `main.py --config.init=weights/pvt_small` and `vitpyramid.load_pretrained` take what it
+writes. The second takes such a folder, or a work directory of main.py. Exit codes: 0 done; 1 refused, nothing written.
+"""
+
+import argparse
+import json
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+import vitpyramid
+from vitpyramid.convert.containers import open_contents
+from vitpyramid.convert.fetch import fetch
+from vitpyramid.convert.importer import PROBLEMS, import_weights
+from vitpyramid.convert.names import LISTED, flax_to_torch
+from vitpyramid.convert.pretrained import sha256
+from vitpyramid.convert.reader import read_torch_file
+from vitpyramid.convert.store import CONVERTED, has_weights, read_weights, write_weights
+from vitpyramid.models.registry import get_variant
+
+
+def to_orbax(
+    source: str,
+    out: Path,
+    name: str | None = None,
+    weights: str = "auto",
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    allow: tuple[str, ...] = (),
+    seed: int = 0,
+) -> None:
+    """Converts a file of PyTorch weights into a folder; arguments as in `open_contents` and `import_weights`.
+
+    Beside the checkpoint, `conversion.json` says what was read, from which file, and what became of every key.
+
+    Raises:
+      ValueError, OSError: nothing was written.
+    """
+    if name is not None:
+        get_variant(name)
+    if has_weights(out):
+        raise FileExistsError(f"--out={out}: expected a new folder, this one has checkpoints; nothing is replaced")
+    begin = time.perf_counter()
+    path = fetch(source)
+    if path.is_dir():
+        raise ValueError(f"{path}: expected a file of PyTorch weights, this is a folder (--to-torch converts folders)")
+    digest = sha256(path)
+    print(f"read {path} ({path.stat().st_size / 1e6:.1f} MB, SHA-256 {digest})")
+    contents = open_contents(read_torch_file(path), weights)
+    print(f"took {contents.container}, {contents.names} names")
+    converted = import_weights(contents, name, num_classes, image_size, allow, seed)
+    params = sum(array.size for array in _leaves(converted.variables["params"]))
+    print(
+        f"{'recognised' if name is None else 'is'} {converted.name}, {converted.num_classes} classes, "
+        f"{converted.image_size} x {converted.image_size} pixels, {params:,} parameters"
+    )
+    for kind, keys in converted.notes.items():
+        print(f"{kind} ({len(keys)}): {', '.join(keys[:LISTED])}{', ...' if len(keys) > LISTED else ''}")
+    dtypes = sorted({str(array.dtype) for array in contents.state_dict.values()})
+    contents.state_dict.clear()  # the file's memory, before writing takes some of its own
+    network = {"name": converted.name, "num_classes": converted.num_classes, "image_size": converted.image_size}
+    write_weights(out, network, converted.variables)
+    report = {
+        "source": str(source),
+        "file": path.name,
+        "bytes": path.stat().st_size,
+        "sha256": digest,
+        "container": contents.container,
+        "names": contents.names,
+        "network": network,
+        "dtypes": dtypes,
+        "keys": contents.origin,
+        "vitpyramid": vitpyramid.__version__,
+        **converted.notes,
+    }
+    (out / CONVERTED).write_text(json.dumps(report, indent=2) + "\n")
+    print(f"wrote {out} in {time.perf_counter() - begin:.1f} s")
+
+
+def to_torch(source: Path, out: Path, weights: str = "auto") -> None:
+    """Converts the weights of a folder into a .safetensors file; where PyTorch is installed, into a .pth file too.
+
+    The official class of the network loads either with `strict=True`.
+
+    Raises:
+      ValueError, OSError: nothing was written.
+    """
+    from safetensors.numpy import save_file
+
+    if out.suffix != ".safetensors":
+        raise ValueError(f"--out={out}: expected a name that ends in .safetensors")
+    files = [out, out.with_suffix(".pth")] if find_spec("torch") else [out]
+    for file in files:
+        if file.exists():
+            raise FileExistsError(f"{file}: expected no such file; nothing is replaced")
+    stored = read_weights(source, weights)
+    state_dict = flax_to_torch(stored.network["name"], stored.variables)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        part = file.with_name(f"{file.name}.part")
+        if file is out:
+            save_file(state_dict, part, metadata={"format": "pt"})
+        else:
+            import torch
+
+            torch.save({key: torch.from_numpy(array) for key, array in state_dict.items()}, part)
+        part.rename(file)
+        print(f"wrote {file}: {stored.network['name']}, {stored.weights} weights of step {stored.step}")
+
+
+def _leaves(tree) -> list[np.ndarray]:
+    return [leaf for value in tree.values() for leaf in (_leaves(value) if isinstance(value, dict) else [value])]
+
+
+def _allow(text: str) -> tuple[str, ...]:
+    kinds = tuple(kind.replace("_", " ") for kind in text.split(","))
+    if not set(kinds) <= set(PROBLEMS):
+        raise argparse.ArgumentTypeError(f"{text}: expected some of missing,unexpected,wrong_shape")
+    return kinds
+
+
+def _at_least(least: int):
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text}: expected an integer of at least {least}")
+        return int(text)
+
+    return number
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser("python -m vitpyramid.convert", description=__doc__.split("\n\n")[0])
+    parser.add_argument("input", help="file, hf://owner/repo[/file] or https://...; with --to-torch a folder")
+    parser.add_argument("--out", type=Path, required=True, help="new folder; with --to-torch a .safetensors file")
+    parser.add_argument("--model", help="name of the network; recognised by keys and shapes if left out")
+    parser.add_argument(
+        "--weights", choices=("auto", "ema", "raw"), default="auto", help="moving average or raw weights"
+    )
+    parser.add_argument("--num-classes", type=_at_least(1), help="of a new head, if not the file's number")
+    parser.add_argument("--size", type=_at_least(32), help="side of the images that position tables are resized for")
+    parser.add_argument("--seed", type=_at_least(0), default=0, help="of parameters that are not in the file")
+    parser.add_argument("--allow", type=_allow, default=(), help="missing,unexpected,wrong_shape: no errors then")
+    parser.add_argument("--to-torch", action="store_true", help="from a folder to PyTorch")
+    args = parser.parse_args()
+    try:
+        if args.to_torch:
+            to_torch(Path(args.input), args.out, args.weights)
+        else:
+            to_orbax(args.input, args.out, args.model, args.weights, args.num_classes, args.size, args.allow, args.seed)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""Weights from wherever they are, as a model and its variables."""
+
+import hashlib
+from pathlib import Path
+
+import flax.linen as nn
+
+from vitpyramid.convert.containers import Contents, open_contents
+from vitpyramid.convert.fetch import fetch
+from vitpyramid.convert.importer import import_weights
+from vitpyramid.convert.names import flax_to_torch
+from vitpyramid.convert.reader import read_torch_file
+from vitpyramid.convert.store import read_weights
+from vitpyramid.models.registry import create_model
+
+
+def load_pretrained(
+    path_or_dir: str | Path,
+    name: str | None = None,
+    weights: str = "auto",
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    seed: int = 0,
+) -> tuple[nn.Module, dict]:
+    """A model and its weights.
+
+    Args:
+      path_or_dir: a folder that `python -m vitpyramid.convert` made; a work directory of `main.py`, of which the newest
+        checkpoint is taken; a PyTorch or safetensors file; `hf://owner/repo[/file]`; `https://...`.
+      name: of the model, one of `list_models()`; None: as the folder says, or recognised by the file's keys and shapes.
+      weights: "ema", "raw", or "auto": the moving average where a folder has one or a file has `state_dict_ema`.
+      num_classes: None: as the weights have; another number than theirs: the head is initialised anew.
+      image_size: side of the square images whose grid the position tables get, resized; None: as the weights have.
+      seed: of a new head.
+
+    Returns:
+      The model, with these `num_classes` and `image_size`, and `{"params": nested dict of float32 numpy arrays,
+      ...}`, which `model.apply` takes.
+
+    Raises:
+      ValueError: nothing readable there, not the weights of a model, or of another one than `name`.
+      OSError: no such file, or a source that cannot be reached.
+    """
+    path = fetch(path_or_dir)
+    try:
+        if path.is_dir():
+            contents, stored_name = _open_folder(path, weights)
+            if name not in (None, stored_name):
+                raise ValueError(f"expected weights of {name}, these are of {stored_name}")
+            name = stored_name
+        else:
+            contents = open_contents(read_torch_file(path), weights)
+        converted = import_weights(contents, name, num_classes, image_size, seed=seed)
+    except ValueError as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+    model = create_model(converted.name, num_classes=converted.num_classes, image_size=converted.image_size)
+    return model, converted.variables
+
+
+def _open_folder(path: Path, weights: str) -> tuple[Contents, str]:
+    """The weights of a folder as if they came from a file, so that head and size are changed in one place."""
+    stored = read_weights(path, weights)
+    name = stored.network["name"]
+    return open_contents(flax_to_torch(name, stored.variables)), name
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
