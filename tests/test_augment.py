@@ -1,21 +1,42 @@
-"""vitpyramid.data.augment against torchvision's formulas and an independent bicubic resize."""
+"""vitpyramid.data.augment against torchvision's formulas, an independent bicubic resize, and Pillow."""
 
 import io
 import math
+import pickle
 import warnings
 
 import numpy as np
 import pytest
 import skimage.data
+from ml_collections import ConfigDict
 from PIL import Image
 
-from vitpyramid.data import augment
+from vitpyramid.data import augment, image_ops, jpeg, policies
+
+RECIPE = "rand-m9-mstd0.5-inc1"
 
 
-def encoded(image, kind="png"):
+def encoded(image, kind="png", **options):
     buffer = io.BytesIO()
-    image.save(buffer, kind)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def settings(**changes):
+    keys = {"image_size": 64, "crop_scale": (0.08, 1.0), "crop_ratio": (3 / 4, 4 / 3), "flip": 0.5, "eval_crop": 0.875}
+    keys |= {
+        "crop_padding": 0,
+        "interpolation": "bicubic",
+        "eval_interpolation": "bicubic",
+        "auto_augment": "",
+        "color_jitter": 0.0,
+    }
+    return augment.from_config(ConfigDict(keys | changes))
+
+
+def by_pillow_alone(monkeypatch):
+    monkeypatch.setattr(image_ops, "kernels", None)
+    monkeypatch.setattr(jpeg, "simplejpeg", None)
 
 
 # Decoding
@@ -133,16 +154,6 @@ def assert_close_pixels(image, expected):
     assert difference.max() <= 1 and difference.mean() < 0.01  # Pillow's fixed-point weights
 
 
-@pytest.mark.parametrize(("size", "shape"), [(48, (48, 48, 3)), ((32, 64), (32, 64, 3))])
-def test_random_resized_crop_resizes_the_cut_box(size, shape):
-    photo = skimage.data.astronaut()
-    arguments = (0.1, 0.2), (3 / 4, 4 / 3)
-    left, upper, right, lower = augment.random_crop_box(512, 512, *arguments, np.random.default_rng(5))
-    found = augment.random_resized_crop(Image.fromarray(photo), size, *arguments, np.random.default_rng(5))
-    # not resize(box=...): pixels just outside the box must not bleed in
-    assert_close_pixels(np.asarray(found), bicubic(photo[upper:lower, left:right], *shape[:2]))
-
-
 @pytest.mark.parametrize(
     ("photo", "size", "crop", "resized", "corner"),
     [
@@ -183,3 +194,198 @@ def test_random_flip():
         np.array_equal(augment.random_flip(Image.fromarray(photo), 0.25, rng), photo[:, ::-1]) for _ in range(1000)
     ]
     assert 200 < sum(flips) < 300
+
+
+# Whole images
+
+
+def photos():
+    """JPEGs of every sampling of colours, of one and of several passes, grey, in odd sizes."""
+    images = [skimage.data.astronaut(), skimage.data.chelsea(), skimage.data.coffee()[:333, :477]]
+    images = [Image.fromarray(image) for image in images]
+    for subsampling in (0, 1, 2):
+        yield encoded(images[subsampling], "jpeg", quality=90, subsampling=subsampling)
+    yield encoded(images[0], "jpeg", quality=90, progressive=True)
+    yield encoded(images[1], "jpeg", quality=75, restart_marker_rows=1)
+    yield encoded(images[1], "jpeg", quality=75, restart_marker_blocks=5, progressive=True)
+    yield encoded(images[2].convert("L"), "jpeg", quality=95)
+    yield encoded(images[2], "jpeg", quality=50, exif=Image.Exif(), comment=b"\xff\xc0 no frame")
+
+
+@pytest.mark.parametrize("data", list(photos()))
+def test_jpeg_rows_are_pillows(data):
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    width, height = jpeg.size(data)
+    assert (height, width, 3) == expected.shape
+    for rows in (1, 13, 14, 15, 16, 17, height // 2, height - 1, height):
+        found = jpeg.decode(data, height, rows)
+        assert rows <= len(found) <= min(height, rows + 17)
+        np.testing.assert_array_equal(found[:rows], expected[:rows])
+
+
+@pytest.mark.parametrize("changes", [{"auto_augment": RECIPE}, {"auto_augment": "3a", "color_jitter": 0.3}])
+def test_train_image_is_the_same_without_simplejpeg_and_numba(monkeypatch, changes):
+    chosen = settings(interpolation="random", image_size=(48, 80), **changes)
+    files = [*photos()] * 3
+    fast = [augment.train_image(data, np.random.default_rng(i), chosen) for i, data in enumerate(files)]
+    by_pillow_alone(monkeypatch)
+    for i, data in enumerate(files):
+        np.testing.assert_array_equal(augment.train_image(data, np.random.default_rng(i), chosen), fast[i])
+
+
+@pytest.mark.parametrize("size", [64, (32, 72)])
+def test_train_image_resizes_the_cut_box(size):
+    data, chosen = encoded(Image.fromarray(skimage.data.coffee())), settings(flip=1.0, image_size=size)
+    rng = np.random.default_rng(3)
+    left, upper, right, lower = augment.random_crop_box(600, 400, (0.08, 1.0), (3 / 4, 4 / 3), rng)
+    # not resize(box=...): pixels just outside the box must not bleed in
+    expected = bicubic(skimage.data.coffee()[upper:lower, left:right], *chosen.image_size)[:, ::-1]
+    found = augment.train_image(data, np.random.default_rng(3), chosen)
+    assert found.dtype == np.uint8
+    assert_close_pixels(found, expected)
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 40), (40, 60), (50, 30)])
+def test_padded_crop(height, width):
+    photo = skimage.data.astronaut()[:height, :width]
+    data, chosen = encoded(Image.fromarray(photo)), settings(image_size=32, crop_padding=4, flip=0.0)
+    scale = 32 / min(height, width)
+    resized = Image.fromarray(photo).resize((int(width * scale), int(height * scale)), Image.Resampling.BICUBIC)
+    padded = np.pad(np.asarray(resized), ((4, 4), (4, 4), (0, 0)))
+    places = [(y, x) for y in range(len(padded) - 31) for x in range(padded.shape[1] - 31)]
+    cuts = {padded[y : y + 32, x : x + 32].tobytes(): (y, x) for y, x in places}
+    assert len(cuts) == len(places)
+    found = [cuts[augment.train_image(data, np.random.default_rng(i), chosen).tobytes()] for i in range(600)]
+    rows, columns = np.array(found).T
+    assert rows.min() == columns.min() == 0
+    assert (rows.max(), columns.max()) == (len(padded) - 32, padded.shape[1] - 32)
+    assert (
+        abs(rows.mean() - rows.max() / 2) < rows.max() / 10
+        and abs(columns.mean() - columns.max() / 2) < columns.max() / 10
+    )
+
+
+def test_train_image_applies_policy_and_jitter():
+    data = encoded(Image.fromarray(skimage.data.chelsea()))
+    whole = {"crop_scale": (1.0, 1.0), "crop_ratio": (451 / 300, 451 / 300), "flip": 0.0}
+
+    def distinct(**changes):
+        chosen = settings(**whole, **changes)
+        return len({augment.train_image(data, np.random.default_rng(i), chosen).tobytes() for i in range(40)})
+
+    assert distinct() == 1
+    assert 1 < distinct(interpolation="random") <= 2
+    assert distinct(color_jitter=0.4) == 40
+    assert 20 < distinct(auto_augment=RECIPE) <= 40  # a quarter are left alone
+    # timm's rule: no jitter beside a policy, but beside 3-Augment, of whose three draws two have nothing else to draw
+    assert settings(auto_augment=RECIPE, color_jitter=0.4).color_jitter == 0
+    assert distinct(auto_augment="3a") < 20 < distinct(auto_augment="3a", color_jitter=0.3) == 40
+
+
+def test_every_geometric_operation_draws_its_own_filter(monkeypatch):
+    crop, seen = image_ops.resize, []
+    monkeypatch.setattr(image_ops, "resize", lambda *args: seen.append([args[-1]]) or crop(*args))
+    for name, (_, largest) in policies._GEOMETRIC.items():
+        record = lambda image, argument, resample: seen[-1].append(resample) or image  # noqa: E731
+        monkeypatch.setitem(policies._GEOMETRIC, name, (record, largest))
+    chosen = settings(interpolation="random", auto_augment="rand-m9-n4-p1")
+    data = encoded(Image.fromarray(skimage.data.astronaut()[:40, :40]))
+    for i in range(400):
+        augment.train_image(data, np.random.default_rng(i), chosen)
+    pairs = [tuple(filters[:2]) for filters in seen if len(filters) > 1]
+    assert len(pairs) > 250 and len(set(pairs)) == 4
+    for pair in set(pairs):
+        assert 0.17 < pairs.count(pair) / len(pairs) < 0.33
+
+
+@pytest.mark.parametrize("data", list(photos()))
+def test_eval_image_is_pillows(data):
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    for name, resample in (("bicubic", Image.Resampling.BICUBIC), ("bilinear", Image.Resampling.BILINEAR)):
+        shorter = min(image.size)
+        size = [73 if side == shorter else int(73 * side / shorter) for side in image.size]  # floor(64 / 0.875)
+        left, upper = round((size[0] - 64) / 2), round((size[1] - 64) / 2)
+        expected = image.resize(size, resample).crop((left, upper, left + 64, upper + 64))
+        found = augment.eval_image(data, settings(eval_interpolation=name))
+        np.testing.assert_array_equal(found, np.asarray(expected))
+
+
+ODD = {
+    "one pixel": Image.new("RGB", (1, 1), (200, 10, 30)),
+    "one row": Image.new("RGB", (300, 1), (200, 10, 30)),
+    "one column": Image.new("RGB", (1, 300), (200, 10, 30)),
+    "smaller than 32": Image.new("RGB", (20, 9), (200, 10, 30)),
+}
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "gif", "webp"])
+@pytest.mark.parametrize("name", ODD)
+def test_odd_sizes(name, kind):
+    data, chosen = encoded(ODD[name], kind), settings(auto_augment=RECIPE)
+    image = augment.eval_image(data, chosen)
+    assert image.shape == (64, 64, 3) and np.abs(image.astype(int) - (200, 10, 30)).max() < 6
+    for i in range(5):
+        assert augment.train_image(data, np.random.default_rng(i), chosen).shape == (64, 64, 3)
+
+
+def test_odd_modes_through_train_and_eval():
+    photo = Image.fromarray(skimage.data.astronaut()[:90, :70])
+    sixteen = Image.fromarray(np.asarray(photo.convert("L")).astype(np.uint16) * 256)
+    palette = photo.quantize(16)
+    palette.info["transparency"] = bytes(range(16))
+    files = {
+        "L": encoded(photo.convert("L"), "jpeg"),
+        "CMYK": encoded(photo.convert("CMYK"), "jpeg"),
+        "palette with transparency": encoded(palette),
+        "16 bits": encoded(sixteen),
+    }
+    assert jpeg.size(files["CMYK"]) is None and jpeg.size(encoded(photo)) is None and jpeg.size(files["L"]) == (70, 90)
+    plain = settings(flip=0.0, image_size=(90, 70), crop_scale=(1.0, 1.0), crop_ratio=(7 / 9, 7 / 9), eval_crop=1.0)
+    for name, data in files.items():
+        whole = np.asarray(augment.decode(data))
+        np.testing.assert_array_equal(augment.train_image(data, np.random.default_rng(0), plain), whole, name)
+        np.testing.assert_array_equal(augment.eval_image(data, plain), whole, name)
+
+
+def test_more_than_50_megapixels():
+    data = encoded(Image.new("L", (9000, 5700), 80), "jpeg")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        image = augment.train_image(
+            data, np.random.default_rng(0), settings(crop_scale=(0.9, 1.0), crop_ratio=(1.4, 1.5))
+        )
+    assert (image == 80).all()
+
+
+def test_orientation_is_ignored():
+    photo, exif = Image.fromarray(skimage.data.chelsea()), Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    data = encoded(photo, "jpeg", exif=exif)
+    assert augment.decode(data).size == photo.size
+
+
+@pytest.mark.parametrize("chosen", [settings(), settings(auto_augment=RECIPE)])
+def test_damage_is_an_error_however_it_is_read(monkeypatch, chosen):
+    data = encoded(Image.fromarray(skimage.data.astronaut()), "jpeg")
+    for path in ("simplejpeg", "Pillow"):
+        for damaged in (data[: len(data) // 2], data[:300], b"", b"\xff\xd8\xff\xd9", data[:200] + b"\xff\xd9"):
+            with pytest.raises(ValueError, match="not a readable image"):
+                augment.train_image(damaged, np.random.default_rng(0), chosen)
+            with pytest.raises(ValueError, match="not a readable image"):
+                augment.eval_image(damaged, chosen)
+        if path == "simplejpeg":
+            by_pillow_alone(monkeypatch)
+
+
+def test_settings_are_picklable_and_checked():
+    chosen = settings(auto_augment=RECIPE, interpolation="random", image_size=(48, 80))
+    assert pickle.loads(pickle.dumps(chosen)) == chosen
+    assert chosen.image_size == (48, 80) and settings().image_size == (64, 64)
+    with pytest.raises(
+        ValueError, match=r"data\.interpolation = 'cubic': expected one of 'bicubic', 'bilinear', 'random'"
+    ):
+        settings(interpolation="cubic")
+    with pytest.raises(ValueError, match=r"data\.eval_interpolation = 'random': expected one of 'bicubic', 'bilinear'"):
+        settings(eval_interpolation="random")
+    with pytest.raises(ValueError, match=r"data\.auto_augment = 'rand-x': 'x' .*expected"):
+        settings(auto_augment="rand-x")

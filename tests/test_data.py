@@ -10,15 +10,14 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from types import SimpleNamespace
 
 import grain
 import numpy as np
 import pytest
 import sklearn.datasets
 import tensorflow_datasets as tfds
-from ml_collections import ConfigDict
 from PIL import Image
+from streams import assert_same, make_config, memory, side_by_side, take
 
 from vitpyramid.data import augment, make_eval, make_train, open_source
 from vitpyramid.data.digits import Digits
@@ -41,58 +40,6 @@ class TinyText(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self):
         raise NotImplementedError
-
-
-class Memory(SimpleNamespace):
-    """The source protocol over a list of PNGs; the label of record i is i."""
-
-    def __len__(self):
-        return len(self.records)
-
-    def __getitem__(self, index):
-        return {"image": self.records[index], "label": index}
-
-
-def encoded(image):
-    buffer = io.BytesIO()
-    image.save(buffer, "png")
-    return buffer.getvalue()
-
-
-def memory(count):
-    noise = np.random.default_rng(0).integers(0, 256, (count, 12, 10, 3), np.uint8)
-    return Memory(name="memory", split="train", records=[encoded(Image.fromarray(image)) for image in noise])
-
-
-def make_config(data_dir="", **keys):
-    data = {"name": "digits", "data_dir": str(data_dir), "train_split": "train", "eval_split": "test"}
-    data |= {"image_size": 8, "crop_scale": (0.3, 1.0), "crop_ratio": (3 / 4, 4 / 3), "flip": 0.5, "eval_crop": 0.875}
-    data |= {"threads": 2, "workers": 0}
-    config = ConfigDict({"seed": 3, "batch_size": 8, "eval": {"batch_size": 8}, "data": data}, type_safe=False)
-    config.update_from_flattened_dict(keys)
-    return config
-
-
-def take(iterator, count):
-    batches = [next(iterator) for _ in range(count)]
-    iterator.close()
-    return batches
-
-
-def assert_same(batches, others):
-    assert len(batches) == len(others)
-    for batch, other in zip(batches, others, strict=True):
-        assert batch.keys() == other.keys()
-        for key in batch:
-            assert batch[key].dtype == other[key].dtype
-            np.testing.assert_array_equal(batch[key], other[key])
-
-
-def side_by_side(hosts):
-    """The global batches of several hosts' lists of batches."""
-    return [
-        {key: np.concatenate([batch[key] for batch in step]) for key in step[0]} for step in zip(*hosts, strict=True)
-    ]
 
 
 def run_python(*arguments):
@@ -195,7 +142,7 @@ def test_sub_splits_partition_the_split(data_dir):
 @pytest.mark.parametrize(
     ("name", "split", "words"),
     [
-        ("digits", "validation", ["data.train_split", "data.eval_split", "'validation'", "test, train"]),
+        ("digits", "validation", ["data.train_split", "data.eval_split", "'validation'", "'test', 'train'"]),
         ("digits", "train[:0%]", ["data.train_split", "'train[:0%]'"]),
         ("digits", "train[", ["data.train_split", "'train['"]),
         ("no_such_set", "train", ["data.name", "'no_such_set'", "data.data_dir"]),
@@ -214,11 +161,11 @@ def test_not_prepared_names_the_directory(tmp_path):
         open_source(make_config(tmp_path, **{"data.name": "imagenet2012"}).data, "train")
 
 
-def test_tfrecord_is_refused_with_the_conversion(data_dir, tmp_path):
+def test_other_formats_are_refused_with_the_conversion(data_dir, tmp_path):
     shutil.copytree(data_dir / "tiny_scans", tmp_path / "tiny_scans")
     info = tmp_path / "tiny_scans" / "1.0.0" / "dataset_info.json"
-    info.write_text(json.dumps(json.loads(info.read_text()) | {"fileFormat": "tfrecord"}))
-    with pytest.raises(ValueError, match=r"tfrecord.*\n.*tfds convert_format --dataset_version_dir=.*array_record"):
+    info.write_text(json.dumps(json.loads(info.read_text()) | {"fileFormat": "parquet"}))
+    with pytest.raises(ValueError, match=r"parquet.*\n.*tfds convert_format --dataset_version_dir=.*array_record"):
         open_source(make_config(tmp_path, **{"data.name": "tiny_scans"}).data, "train")
 
 
@@ -333,7 +280,7 @@ def test_a_damaged_record_is_named(make):
     source = memory(13)
     source.records[7] = source.records[7][:60]
     batches = iter(make(make_config(), source))
-    with pytest.raises(ValueError, match="'memory', split 'train', index 7: not a readable image"):
+    with pytest.raises(ValueError, match=r"'memory', split 'train', index 7 \(record 7\): not a readable image"):
         take(batches, 2)
     assert list(batches) == []  # it does not go on with shifted batches
 
@@ -365,7 +312,8 @@ def test_exit_is_quiet_and_tensorflow_stays_out(data_dir, tmp_path, workers):
         if __name__ == "__main__":  # workers import this file
             data = dict(name="digits", data_dir=sys.argv[1], train_split="train", eval_split="test", image_size=16,
                         crop_scale=(.3, 1), crop_ratio=(.75, 1.33), flip=.5, eval_crop=1., threads=2,
-                        workers=int(sys.argv[2]))
+                        repeats=3, on_corrupt="skip", workers=int(sys.argv[2]), auto_augment="",
+                            color_jitter=0., crop_padding=0, interpolation="bicubic", eval_interpolation="bicubic")
             config = ConfigDict(dict(seed=0, batch_size=32, eval=dict(batch_size=100), data=data))
             stream = make_train(config, open_source(config.data, "train"))
             batch, other = next(stream), next(stream)

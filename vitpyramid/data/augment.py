@@ -1,15 +1,121 @@
-"""Host-side image transforms on Pillow, with the semantics of torchvision and timm, pixel for pixel.
+"""What the host does to an image: decode, crop and resize, and in training flip and augment.
 
+Pixels are those of torchvision and timm on Pillow; simplejpeg and numba, where installed, make the same ones sooner.
 Sizes are one int (square) or (height, width). Randomness comes from the `np.random.Generator` that is passed in.
 """
 
+import dataclasses
 import io
 import math
+from collections.abc import Callable
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
+
+from vitpyramid.data import image_ops, jpeg, policies
 
 Size = int | tuple[int, int]
+Box = tuple[int, int, int, int]  # left, upper, right, lower
+
+_RESAMPLE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """What `train_image` and `eval_image` do, from the keys of `config.data` with the same names; picklable.
+
+    Attributes:
+      image_size: (height, width) of the result.
+      crop_scale, crop_ratio: see `random_crop_box`.
+      crop_padding: pixels; above 0, `padded_crop` replaces the random resized crop.
+      flip: probability of mirroring left and right.
+      interpolation: filters of crop and geometric operations; of several, one is drawn each time.
+      policy: RandAugment and its like, or None.
+      color_jitter: strength of `policies.color_jitter`; timm ignores it beside a policy other than 3-Augment, and so
+        does `from_config`.
+      eval_crop: see `eval_crop`.
+      eval_interpolation: filter of evaluation.
+    """
+
+    image_size: tuple[int, int]
+    crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float]
+    crop_padding: int
+    flip: float
+    interpolation: tuple[Image.Resampling, ...]
+    policy: policies.Policy | None
+    color_jitter: float
+    eval_crop: float
+    eval_interpolation: Image.Resampling
+
+
+def from_config(data) -> Augmentation:
+    """The settings that `config.data` describes.
+
+    Raises:
+      ValueError: an unknown `auto_augment`, `interpolation` or `eval_interpolation`.
+    """
+    choices = _RESAMPLE | {"random": tuple(_RESAMPLE.values())}
+    filters = _choose("data.interpolation", data.interpolation, choices)
+    policy = policies.parse(data.auto_augment)
+    return Augmentation(
+        image_size=height_width(data.image_size),
+        crop_scale=tuple(data.crop_scale),
+        crop_ratio=tuple(data.crop_ratio),
+        crop_padding=data.crop_padding,
+        flip=data.flip,
+        interpolation=filters if isinstance(filters, tuple) else (filters,),
+        policy=policy,
+        color_jitter=data.color_jitter if data.auto_augment in ("", "3a") else 0.0,
+        eval_crop=data.eval_crop,
+        eval_interpolation=_choose("data.eval_interpolation", data.eval_interpolation, _RESAMPLE),
+    )
+
+
+def _choose(key: str, value: str, choices: dict):
+    if value not in choices:
+        raise ValueError(f"{key} = {value!r}: expected one of {', '.join(map(repr, choices))}")
+    return choices[value]
+
+
+def train_image(data: bytes, rng: np.random.Generator, settings: Augmentation) -> np.ndarray:
+    """Decodes a training image and augments it: random crop, flip, policy, colour jitter.
+
+    Returns:
+      uint8 [height, width, 3] of `settings.image_size`, read-only.
+
+    Raises:
+      ValueError: the bytes are no readable image.
+    """
+
+    def resample() -> Image.Resampling:
+        filters = settings.interpolation
+        return filters[rng.integers(len(filters))] if len(filters) > 1 else filters[0]
+
+    if settings.crop_padding > 0:
+        image = padded_crop(decode(data), settings.image_size, settings.crop_padding, resample(), rng)
+    else:
+        box = _decode_box(data, lambda w, h: random_crop_box(w, h, settings.crop_scale, settings.crop_ratio, rng))
+        image = image_ops.resize(box, *settings.image_size, resample())
+    image = random_flip(image, settings.flip, rng)
+    if settings.policy is not None:
+        image = policies.apply(settings.policy, image, resample, rng)
+    if settings.color_jitter > 0:
+        image = policies.color_jitter(image, settings.color_jitter, rng)
+    return np.asarray(image)
+
+
+def eval_image(data: bytes, settings: Augmentation) -> np.ndarray:
+    """Decodes an image and cuts its centre, see `eval_crop`.
+
+    Returns:
+      uint8 [height, width, 3] of `settings.image_size`, read-only.
+
+    Raises:
+      ValueError: the bytes are no readable image.
+    """
+    image = eval_crop(decode(data), settings.image_size, settings.eval_crop, settings.eval_interpolation)
+    return np.asarray(image)
 
 
 def decode(data: bytes) -> Image.Image:
@@ -18,8 +124,14 @@ def decode(data: bytes) -> Image.Image:
     EXIF orientation is ignored, as torchvision and timm do: published accuracies were measured that way.
 
     Raises:
-      ValueError: the bytes are no readable image.
+      ValueError: the bytes are no readable image, or one of more than 178,956,970 pixels (Pillow's limit).
     """
+    size = jpeg.size(data)
+    pixels = None if size is None else jpeg.decode(data, size[1], size[1])
+    return _decode_by_pillow(data) if pixels is None else Image.fromarray(pixels)
+
+
+def _decode_by_pillow(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
@@ -33,9 +145,22 @@ def decode(data: bytes) -> Image.Image:
     return image.convert("RGB")
 
 
+def _decode_box(data: bytes, choose: Callable[[int, int], Box]) -> np.ndarray:
+    """The pixels, uint8 [h, w, 3], of the box that `choose` draws given the image's width and height."""
+    size = jpeg.size(data)
+    image = _decode_by_pillow(data) if size is None else None
+    left, upper, right, lower = box = choose(*(size or image.size))
+    if size is not None:
+        pixels = jpeg.decode(data, size[1], lower)
+        if pixels is not None:
+            return pixels[upper:lower, left:right]
+        image = _decode_by_pillow(data)
+    return np.asarray(image.crop(box))
+
+
 def random_crop_box(
     width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
-) -> tuple[int, int, int, int]:
+) -> Box:
     """Draws the (left, upper, right, lower) box of torchvision's and timm's RandomResizedCrop.
 
     Area uniform in `scale` times the image's, width / height log-uniform in `ratio`; if ten draws do not fit, the
@@ -60,21 +185,17 @@ def random_crop_box(
     return left, upper, left + crop_width, upper + crop_height
 
 
-def random_resized_crop(
-    image: Image.Image,
-    size: Size,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    rng: np.random.Generator,
+def padded_crop(
+    image: Image.Image, size: Size, padding: int, resample: Image.Resampling, rng: np.random.Generator
 ) -> Image.Image:
-    """Crops a random box (`random_crop_box`) and resizes it to `size`, bicubic.
+    """Resizes just to cover `size`, adds `padding` black pixels on every side, and cuts a random piece of `size`.
 
-    `scale` is the range of area fractions, `ratio` that of width / height before resizing.
+    torchvision's Resize, then RandomCrop with padding: `transfer_learning.py` of T2T-ViT.
     """
     height, width = height_width(size)
-    # Crop, then resize: resize(box=...) would let the filter read pixels beyond the box, which torchvision does not.
-    cropped = image.crop(random_crop_box(*image.size, scale, ratio, rng))
-    return cropped.resize((width, height), Image.Resampling.BICUBIC)
+    image = ImageOps.expand(_cover(image, height, width, resample), padding)
+    upper, left = rng.integers(image.height - height + 1), rng.integers(image.width - width + 1)
+    return image.crop((left, upper, left + width, upper + height))
 
 
 def random_flip(image: Image.Image, probability: float, rng: np.random.Generator) -> Image.Image:
@@ -82,8 +203,10 @@ def random_flip(image: Image.Image, probability: float, rng: np.random.Generator
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < probability else image
 
 
-def eval_crop(image: Image.Image, size: Size, crop: float) -> Image.Image:
-    """Resizes the shorter side to floor(size / crop), bicubic, and cuts the centre: torchvision's and timm's way.
+def eval_crop(
+    image: Image.Image, size: Size, crop: float, resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> Image.Image:
+    """Resizes the shorter side to floor(size / crop) and cuts the centre: torchvision's and timm's way.
 
     For a (height, width) that is not square, the image is resized just to cover (floor(height / crop),
     floor(width / crop)). `crop` is the fraction kept, e.g. 224 / 256 = 0.875.
@@ -94,16 +217,19 @@ def eval_crop(image: Image.Image, size: Size, crop: float) -> Image.Image:
     if not 0 < crop <= 1:
         raise ValueError(f"data.eval_crop: {crop} is not in (0, 1].")
     height, width = height_width(size)
-    target_height, target_width = math.floor(height / crop), math.floor(width / crop)
-    # The side that needs the larger factor meets its target; the other rounds down, as in torchvision.
-    if target_height / image.height >= target_width / image.width:
-        resized = target_height, int(target_height * image.width / image.height)
-    else:
-        resized = int(target_width * image.height / image.width), target_width
-    image = image.resize((resized[1], resized[0]), Image.Resampling.BICUBIC)
+    image = _cover(image, math.floor(height / crop), math.floor(width / crop), resample)
     # round() takes halves to the even neighbour, as in torchvision; (a - b) // 2 is one pixel off for some sizes.
     upper, left = round((image.height - height) / 2), round((image.width - width) / 2)
     return image.crop((left, upper, left + width, upper + height))
+
+
+def _cover(image: Image.Image, height: int, width: int, resample: Image.Resampling) -> Image.Image:
+    """Resizes so that one side is as asked and the other not shorter, rounded down as in torchvision."""
+    if height / image.height >= width / image.width:
+        resized = int(height * image.width / image.height), height
+    else:
+        resized = width, int(width * image.height / image.width)
+    return image.resize(resized, resample)
 
 
 def height_width(size: Size) -> tuple[int, int]:

@@ -3,20 +3,25 @@
 import atexit
 import functools
 import itertools
+import logging
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import grain
 import numpy as np
 from absl import flags
-from PIL import Image
 
 from vitpyramid.data import augment
+from vitpyramid.data.order import HostRows, host_rows, train_order
 from vitpyramid.data.source import Source
 
+log = logging.getLogger(__name__)
 Batch = dict[str, np.ndarray]
+Pixels = Callable[[bytes], np.ndarray]  # uint8 [height, width, 3] of an image file; any exception if it is damaged
 _PIECE = 32  # examples at most that one thread makes at a time
+_SKIPPED: set[str] = set()  # places of examples that a warning was logged for; one each, not one an epoch
+_MOST_SKIPPED = 100  # examples in a row; more are no damaged files but a disk that is gone
 
 
 def make_train(
@@ -24,15 +29,25 @@ def make_train(
 ) -> "BatchIterator":
     """Returns the endless training stream of one host, from batch `start_step` on.
 
-    The stream is one permutation of the split after another, a fresh one each epoch. Batches straddle epochs, so no
-    example is ever dropped and every global batch is full. Host h holds the rows [h * b, (h + 1) * b) of each global
-    batch: side by side the hosts' batches are the batch that one host would have. Batch k depends on `config.seed` and
-    k alone, not on the number of hosts, threads or workers, nor on where the stream was entered; `start_step` costs
-    the same wherever it lies.
+    The stream is one permutation of the split after another, a fresh one each time round. Batches straddle them, so
+    every global batch is full and no example is ever dropped: an epoch of floor(N / B) steps, as schedules count, draws
+    N - N mod B examples, and those it leaves come first in the next one. `data.repeats` changes that, see
+    `vitpyramid.data.order`.
+
+    Host h holds the rows [h * b, (h + 1) * b) of each global batch: side by side the hosts' batches are the batch that
+    one host would have. Batch k depends on `config.seed`, `data.repeats` and k alone, not on the number of hosts,
+    threads or workers, nor on where the stream was entered; `start_step` costs the same wherever it lies.
+
+    With `data.on_corrupt` "skip", an example that cannot be read is replaced by the next one of the split that can, as
+    a function of its index alone, so all of the above holds as long as the same files can be read.
+
+    Memory on the host: at most 4 * b + 64 * threads examples of height * width * 3 bytes (the batch that was returned,
+    the next one in pieces and joined, one read ahead, and up to 32 examples, twice, in each thread's hands), and one
+    decoded image a thread. With workers, each has so many threads, and some 100 MiB of its own.
 
     Args:
-      config: reads `seed`, `batch_size` (global) and, in `data`, `image_size` (int or (height, width)), `crop_scale`,
-        `crop_ratio`, `flip` (probability), `threads` and `workers`. With `workers` > 0 the calling program needs
+      config: reads `seed`, `batch_size` (global) and, in `data`, what `augment.from_config` reads, `repeats`,
+        `on_corrupt` ("error" or "skip"), `threads` and `workers`. With `workers` > 0 the calling program needs
         `if __name__ == "__main__":`, since the workers are spawned.
       source: see `open_source`.
       start_step: first batch to return; a resumed run passes its step.
@@ -41,25 +56,23 @@ def make_train(
 
     Returns:
       An iterator, with `close()`, of {"image": uint8 [b, height, width, 3], "label": int32 [b]}, where b is
-      batch_size // process_count.
+      batch_size // process_count. With `on_corrupt` "skip" also "skipped": bool [b], True where another example stands.
 
     Raises:
-      ValueError: `batch_size` is no multiple of `process_count`. From the iterator: a record that cannot be decoded,
-        with its split and index.
+      ValueError: `batch_size` is no multiple of `process_count`, or see `train_order`. From the iterator: a record that
+        cannot be read, with its split, index and file; with `on_corrupt` "skip", a hundred in a row that cannot.
     """
-    rows = _host_rows("batch_size", config.batch_size, process_index, process_count)
+    rows = host_rows("batch_size", config.batch_size, process_index, process_count)
     load = functools.partial(
         _train_example,
         source=source,
-        size=config.data.image_size,
-        scale=tuple(config.data.crop_scale),
-        ratio=tuple(config.data.crop_ratio),
-        flip=config.data.flip,
+        skip=config.data.on_corrupt == "skip",
+        settings=augment.from_config(config.data),
     )
     # random_map hands out a generator keyed by the position in the endless stream, so an image is cropped anew in each
-    # epoch. It must come before the choice of the host's rows, which renumbers positions.
-    examples = grain.MapDataset.range(len(source)).seed(config.seed).shuffle().repeat().random_map(load)
-    mine = _HostRows(examples, rows, process_index, process_count, start_step)
+    # epoch and each copy. It must come before the choice of the host's rows, which renumbers positions.
+    order = train_order(len(source), config.seed, config.batch_size, config.data.repeats)
+    mine = HostRows(order.random_map(load), rows, process_index, process_count, start_step)
     return BatchIterator(mine, rows, config.data.threads, config.data.workers, endless=True)
 
 
@@ -70,22 +83,28 @@ def make_eval(config, source: Source, process_index: int = 0, process_count: int
     all hosts see the same number of batches, all of the same shape.
 
     Args:
-      config: reads `eval.batch_size` (global) and, in `data`, `image_size`, `eval_crop`, `threads` and `workers`.
+      config: reads `eval.batch_size` (global) and, in `data`, as `make_train`.
       source: see `open_source`.
       process_index: this host.
       process_count: number of hosts.
 
     Returns:
       A sized iterable, to be walked as often as wanted, of {"image": uint8 [b, height, width, 3], "label": int32 [b],
-      "mask": bool [b]}, where b is eval.batch_size // process_count.
+      "mask": bool [b]}, where b is eval.batch_size // process_count. With `on_corrupt` "skip" also "skipped": bool [b],
+      True for an example that cannot be read: black, label 0 and mask False, like padding.
 
     Raises:
       ValueError: as `make_train`.
     """
-    rows = _host_rows("eval.batch_size", config.eval.batch_size, process_index, process_count)
-    load = functools.partial(_eval_example, source=source, size=config.data.image_size, crop=config.data.eval_crop)
+    rows = host_rows("eval.batch_size", config.eval.batch_size, process_index, process_count)
+    load = functools.partial(
+        _eval_example,
+        source=source,
+        skip=config.data.on_corrupt == "skip",
+        settings=augment.from_config(config.data),
+    )
     padded = -(-len(source) // config.eval.batch_size) * config.eval.batch_size
-    mine = _HostRows(grain.MapDataset.range(padded).map(load), rows, process_index, process_count)
+    mine = HostRows(grain.MapDataset.range(padded).map(load), rows, process_index, process_count)
     return EvalBatches(mine, rows, config.data.threads, config.data.workers)
 
 
@@ -163,69 +182,51 @@ def _close_all() -> None:
         iterator.close()
 
 
-class _HostRows(grain.MapDataset):
-    """One host's rows of every global batch from `start_step` on: [h * rows, (h + 1) * rows) of each.
-
-    Contiguous, so that the hosts' batches side by side are the global batch, row by row; every process_count-th
-    example, as a Grain slice would give, makes the same set in another order.
-    """
-
-    def __init__(
-        self, parent: grain.MapDataset, rows: int, process_index: int, process_count: int, start_step: int = 0
-    ):
-        super().__init__(parent)
-        self._rows = rows
-        self._first = start_step * process_count + process_index  # counted in runs of `rows` examples
-        self._stride = process_count
-
-    def __len__(self) -> int:
-        return len(self._parent) // self._stride
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return self.slice(index)
-        step, row = divmod(index, self._rows)
-        return self._parent[(self._first + step * self._stride) * self._rows + row]
-
-
-def _host_rows(key: str, batch_size: int, process_index: int, process_count: int) -> int:
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index {process_index} is not in [0, process_count = {process_count}).")
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(f"{key}: {batch_size} is no positive multiple of the number of hosts, {process_count}.")
-    return batch_size // process_count
-
-
 def _train_example(
     index: int,
     rng: np.random.Generator,
     *,
     source: Source,
-    size: augment.Size,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    flip: float,
+    skip: bool,
+    settings: augment.Augmentation,
 ) -> Batch:
-    image, label = _read(source, index)
-    image = augment.random_resized_crop(image, size, scale, ratio, rng)
-    image = augment.random_flip(image, flip, rng)
-    return {"image": np.asarray(image), "label": np.int32(label)}
+    return _read_or_next(source, index, lambda data: augment.train_image(data, rng, settings), skip)
 
 
-def _eval_example(index: int, *, source: Source, size: augment.Size, crop: float) -> Batch:
-    if index < len(source):
-        image, label = _read(source, index)
-        image = augment.eval_crop(image, size, crop)
-    else:
-        height, width = augment.height_width(size)
-        image, label = Image.new("RGB", (width, height)), 0
-    return {"image": np.asarray(image), "label": np.int32(label), "mask": np.bool_(index < len(source))}
+def _eval_example(index: int, *, source: Source, skip: bool, settings: augment.Augmentation) -> Batch:
+    exists = index < len(source)
+    example = _read(source, index, lambda data: augment.eval_image(data, settings), skip) if exists else None
+    mask = example is not None
+    if example is None:
+        example = {"image": np.zeros((*settings.image_size, 3), np.uint8), "label": np.int32(0)}
+    skipped = {"skipped": np.bool_(exists and not mask)} if skip else {}
+    return example | {"mask": np.bool_(mask)} | skipped
 
 
-def _read(source: Source, index: int) -> tuple[Image.Image, int]:
+def _read_or_next(source: Source, index: int, pixels: Pixels, skip: bool) -> Batch:
+    """An example, or with `skip` the next one that can be read, and `skipped`, whether it is another one."""
+    tries = min(len(source), _MOST_SKIPPED)
+    for offset in range(tries):
+        example = _read(source, (index + offset) % len(source), pixels, skip)
+        if example is not None:
+            return example | ({"skipped": np.bool_(offset > 0)} if skip else {})
+    raise ValueError(
+        f"data.on_corrupt: {source.name!r}, split {source.split!r}: none of the {tries} examples from index {index} on "
+        "can be read."
+    )
+
+
+def _read(source: Source, index: int, pixels: Pixels, skip: bool) -> Batch | None:
+    """An example, its image made by `pixels` from the file's bytes; with `skip`, None if it cannot be read."""
     try:
         record = source[index]
-        return augment.decode(record["image"]), record["label"]
+        return {"image": pixels(record["image"]), "label": np.int32(record["label"])}
     # Broad: whatever a damaged file makes the reader raise, the message must say which record it was.
     except Exception as error:
-        raise ValueError(f"{source.name!r}, split {source.split!r}, index {index}: {error}") from error
+        place = f"{source.name!r}, split {source.split!r}, index {index} ({source.where(index)})"
+        if not skip:
+            raise ValueError(f"{place}: {error}") from error
+        if place not in _SKIPPED:
+            _SKIPPED.add(place)
+            log.warning("skipped %s: %s", place, error)
+        return None

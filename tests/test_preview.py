@@ -1,0 +1,103 @@
+"""vitpyramid.tools.preview."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import quickstart
+from vitpyramid import data
+from vitpyramid.tools import preview
+
+
+def test_sheet_places_images_in_rows():
+    images = np.random.default_rng(0).integers(0, 256, (5, 64, 128, 3), np.uint8)
+    page = np.asarray(preview.sheet("title", images, list("abcde")))
+    # 64 x 128 enlarged to 128 x 256, a line of 14 and gaps of 4: 260 across and 146 down; two columns, three rows
+    assert page.shape == (3 * 146 + 22, 2 * 260 + 4, 3)
+    for i, image in enumerate(images):
+        top, left = 22 + i // 2 * 146, 4 + i % 2 * 260
+        np.testing.assert_array_equal(page[top : top + 128 : 2, left : left + 256 : 2], image)
+        assert page[top + 128 : top + 142, left : left + 20].min() < 128  # the caption
+    assert page[4:18, 4:40].min() < 128  # the title
+    assert (page[-146:, 270:] == 255).all()  # no sixth image
+
+
+def test_large_images_are_not_enlarged():
+    page = preview.sheet("", np.zeros((1, 224, 224, 3), np.uint8), [""])
+    assert page.size == (224 + 8, 224 + 14 + 4 + 14 + 8)
+
+
+@pytest.fixture
+def config(data_dir):
+    config = quickstart.get_config()
+    config.data.data_dir = data_dir
+    config.data.threads = 1
+    config.mix.mixup = config.mix.cutmix = config.erase.prob = 0.0
+    return config
+
+
+def first_batch(config, count):
+    config = config.copy_and_resolve_references()
+    config.batch_size = count
+    stream = data.make_train(config, data.open_source(config.data, "train"))
+    batch = next(stream)
+    stream.close()
+    return batch
+
+
+@pytest.mark.parametrize("count", [2, 400])  # digits has 360 test images
+def test_halves_are_the_streams(config, monkeypatch, count):
+    sheets = []
+    original = preview.sheet
+    monkeypatch.setattr(preview, "sheet", lambda *args: sheets.append(args) or original(*args))
+    preview.preview(config, count)
+    expected = first_batch(config, count)
+    title, images, captions = sheets[0]
+    assert title == "training: digits, train"
+    np.testing.assert_array_equal(images, expected["image"])
+    assert captions == [str(label) for label in expected["label"]]
+    title, images, captions = sheets[1]
+    assert title == "evaluation: digits, test" and len(images) == len(captions) == min(count, 360)
+
+
+def test_mixed_images_and_weights(config):
+    config.batch_size = 6
+    config.mix.mixup, config.mix.cutmix, config.mix.prob, config.mix.mode = 1.0, 0.0, 1.0, "batch"
+    config.loss.label_smoothing = 0.1
+    plain = first_batch(config, 6)
+    images, captions = preview.training_images(config)
+    assert sorted(plain["label"][[0, -1]]) == sorted(int(part.split()[0]) for part in captions[0].split(", "))
+    kept = {int(part.split()[0]): float(part.split()[1]) for part in captions[0].split(", ")}[plain["label"][0]]
+    assert 0.01 < kept < 0.99
+    mixed = kept * plain["image"][0].astype(float) + (1 - kept) * plain["image"][-1]
+    assert np.abs(images[0] - mixed).max() <= 255 * 0.005 + 0.5  # the weight has two digits
+
+
+def test_erased_images(config):
+    config.batch_size, config.erase.prob, config.erase.mode = 6, 1.0, "const"
+    plain = first_batch(config, 6)["image"]
+    images, _ = preview.training_images(config)
+    for image, original in zip(images, plain, strict=True):
+        assert 0.005 < (image != original).any(-1).mean() < 0.4
+
+
+def test_caption():
+    assert preview.caption(np.array([0, 0, 1.0])) == "2"
+    assert preview.caption(np.array([0.25, 0, 0.75])) == "2 0.75, 0 0.25"
+
+
+def test_command_writes_a_png(data_dir, tmp_path, capsys):
+    out = tmp_path / "sheet.png"
+    preview.main(["--config=configs/quickstart.py", f"--config.data.data_dir={data_dir}", f"--out={out}", "--count=3"])
+    with Image.open(out) as page:
+        assert page.format == "PNG" and f"{page.width} x {page.height}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [(["--count=0"], "--count=0"), (["--out=nowhere/x.png"], "no folder nowhere"), (["--config.seed=x"], "seed")],
+)
+def test_command_refuses(args, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        preview.main(["--config=configs/quickstart.py", *args])
+    assert caught.value.code == 2 and message in capsys.readouterr().err

@@ -1,0 +1,123 @@
+"""The operations that RandAugment, AutoAugment and 3-Augment are made of: an RGB Pillow image in, another out.
+
+Each gives the pixels of timm's function of that name (`timm/data/auto_augment.py`) and takes its argument in pixels,
+degrees or factors; `policies.py` knows how these follow from a magnitude. What geometric ones bring in from outside the
+image is filled with `FILL`.
+"""
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+try:
+    from vitpyramid.data import kernels
+except ImportError:  # numba is optional
+    kernels = None
+
+FILL = (124, 116, 104)  # round(255 * mean of ImageNet), as timm has it
+
+Resample = Image.Resampling
+
+
+def resize(pixels: np.ndarray, height: int, width: int, resample: Resample) -> Image.Image:
+    """Antialiased resize of uint8 [H, W, 3], across and then down, as Pillow up to 12 does it in every case.
+
+    Pillow 13 goes down first where that is less work, which changes levels by up to 5.
+    """
+    if kernels is not None:
+        return Image.fromarray(kernels.resize(pixels, height, width, resample == Resample.BICUBIC))
+    image = Image.fromarray(pixels)
+    return image.resize((width, image.height), resample).resize((width, height), resample)
+
+
+def shear_x(image: Image.Image, factor: float, resample: Resample) -> Image.Image:
+    """Row y is taken from factor * (y + 0.5) pixels further right."""
+    return _slide(image, factor, 0.0, False, resample)
+
+
+def shear_y(image: Image.Image, factor: float, resample: Resample) -> Image.Image:
+    """Column x is taken from factor * (x + 0.5) pixels further down."""
+    return _slide(image, factor, 0.0, True, resample)
+
+
+def translate_x(image: Image.Image, share: float, resample: Resample) -> Image.Image:
+    """Moves the image `share` of its width to the left."""
+    return _slide(image, 0.0, share * image.width, False, resample)
+
+
+def translate_y(image: Image.Image, share: float, resample: Resample) -> Image.Image:
+    """Moves the image `share` of its height upwards."""
+    return _slide(image, 0.0, share * image.height, True, resample)
+
+
+def _slide(image: Image.Image, slope: float, offset: float, down: bool, resample: Resample) -> Image.Image:
+    if kernels is not None:
+        cubic = resample == Resample.BICUBIC
+        return Image.fromarray(kernels.slide(np.asarray(image), slope, offset, down, cubic, FILL))
+    matrix = (1, 0, 0, slope, 1, offset) if down else (1, slope, offset, 0, 1, 0)
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, resample, fillcolor=FILL)
+
+
+def rotate(image: Image.Image, degrees: float, resample: Resample) -> Image.Image:
+    """Turns counter-clockwise about the centre."""
+    return image.rotate(degrees, resample, fillcolor=FILL)
+
+
+def auto_contrast(image: Image.Image) -> Image.Image:
+    """Stretches each channel to 0 ... 255."""
+    return ImageOps.autocontrast(image)
+
+
+def equalize(image: Image.Image) -> Image.Image:
+    """Flattens each channel's histogram."""
+    return ImageOps.equalize(image)
+
+
+def invert(image: Image.Image) -> Image.Image:
+    """255 - level."""
+    return ImageOps.invert(image)
+
+
+def solarize(image: Image.Image, threshold: int) -> Image.Image:
+    """Inverts levels of `threshold` and more; 256 changes nothing."""
+    return image.point([level if level < threshold else 255 - level for level in range(256)] * 3)
+
+
+def solarize_add(image: Image.Image, amount: int) -> Image.Image:
+    """Adds `amount` to levels below 128, up to 255."""
+    return image.point([min(255, level + amount) if level < 128 else level for level in range(256)] * 3)
+
+
+def posterize(image: Image.Image, bits: int) -> Image.Image:
+    """Keeps the `bits` highest bits, 0 to 8, of each level; 0 makes the image black, which Pillow 13 itself refuses."""
+    mask = 0x100 - (1 << (8 - bits))
+    return image.point([level & mask for level in range(256)] * 3)
+
+
+def color(image: Image.Image, factor: float) -> Image.Image:
+    """Between grey (0) and the image (1), and beyond."""
+    return ImageEnhance.Color(image).enhance(factor)
+
+
+def contrast(image: Image.Image, factor: float) -> Image.Image:
+    """Between the mean grey level (0) and the image (1), and beyond."""
+    return ImageEnhance.Contrast(image).enhance(factor)
+
+
+def brightness(image: Image.Image, factor: float) -> Image.Image:
+    """Levels times `factor`, up to 255."""
+    return ImageEnhance.Brightness(image).enhance(factor)
+
+
+def sharpness(image: Image.Image, factor: float) -> Image.Image:
+    """Between the image smoothed by 3 x 3 (0) and the image (1), and beyond."""
+    return ImageEnhance.Sharpness(image).enhance(factor)
+
+
+def gaussian_blur(image: Image.Image, radius: float) -> Image.Image:
+    """Pillow's approximation, by three box filters, of a Gaussian with a standard deviation of `radius` pixels."""
+    return image.filter(ImageFilter.GaussianBlur(radius))
+
+
+def grey(image: Image.Image) -> Image.Image:
+    """Luma 0.299 R + 0.587 G + 0.114 B in all three channels."""
+    return image.convert("L").convert("RGB")

@@ -1,0 +1,96 @@
+"""Which example stands in which row of which batch: a pure function of the seed, computed and never stored."""
+
+import grain
+
+
+def train_order(size: int, seed: int, batch_size: int, repeats: int) -> grain.MapDataset:
+    """The endless training order: `train_order(...)[t]`, modulo `size`, is the example of row t mod B of batch t div B.
+
+    One permutation of the split after another, a fresh one each time round. With `repeats` > 1, repeated augmentation
+    (Hoffer et al. 2020), as in the official code of DeiT, PVT and ResT (`samplers.py`): see `_Repeated`.
+
+    Args:
+      size: examples of the split, N.
+      seed: `config.seed`.
+      batch_size: global, B.
+      repeats: copies of an example; 0 or 1 for none.
+
+    Raises:
+      ValueError: `repeats` > 1 with a batch larger than the split, so that an epoch has no step.
+    """
+    order = grain.MapDataset.range(size).seed(seed).shuffle().repeat()
+    if repeats <= 1:
+        return order
+    if batch_size > size:
+        raise ValueError(
+            f"data.repeats: {repeats} needs a batch_size of at most the {size} examples, not {batch_size}."
+        )
+    return _Repeated(order, size, repeats, size // batch_size * batch_size)
+
+
+class HostRows(grain.MapDataset):
+    """One host's rows of every global batch from `start_step` on: [h * rows, (h + 1) * rows) of each.
+
+    Contiguous, so that the hosts' batches side by side are the global batch, row by row; every process_count-th
+    example, as a Grain slice would give, makes the same set in another order.
+    """
+
+    def __init__(
+        self, parent: grain.MapDataset, rows: int, process_index: int, process_count: int, start_step: int = 0
+    ):
+        super().__init__(parent)
+        self._rows = rows
+        self._first = start_step * process_count + process_index  # counted in runs of `rows` examples
+        self._stride = process_count
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._stride
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        step, row = divmod(index, self._rows)
+        return self._parent[(self._first + step * self._stride) * self._rows + row]
+
+
+def host_rows(key: str, batch_size: int, process_index: int, process_count: int) -> int:
+    """The number of rows of a global batch on each host.
+
+    Raises:
+      ValueError: `process_index` is out of range, or `batch_size`, the value of the config key `key`, is no multiple.
+    """
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index {process_index} is not in [0, process_count = {process_count}).")
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(f"{key}: {batch_size} is no positive multiple of the number of hosts, {process_count}.")
+    return batch_size // process_count
+
+
+class _Repeated(grain.MapDataset):
+    """The first `draws` elements of each permutation with every one `repeats` times in a row.
+
+    Epoch e has `draws` = floor(N / B) * B rows. Row q of it is element q div `repeats` of the e-th permutation, whose
+    rest is not seen in this epoch. So an epoch has as many steps as without repeats and sees ceil(draws / repeats)
+    examples, about a third of the split with three copies. Copies are in neighbouring rows, all of them in one batch
+    but for the example at its end: where `repeats` does not divide B, some of its copies come first in the next batch.
+
+    This is what the official sampler gives, batch for batch as sets: there rank r of R takes the elements r, r + R, ...
+    so that R ranks together draw a run of B elements at each step. Its epoch ends at floor(N / 256) * 256, ours with
+    the last whole batch. The official code deals the copies out to ranks; here neighbouring rows are on the same host,
+    and the batch is the same one for any number of hosts.
+    """
+
+    def __init__(self, parent: grain.MapDataset, size: int, repeats: int, draws: int):
+        super().__init__(parent)
+        self._size = size
+        self._repeats = repeats
+        self._draws = draws
+
+    def __len__(self) -> int:
+        return len(self._parent)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        epoch, row = divmod(index, self._draws)
+        return self._parent[epoch * self._size + row // self._repeats]

@@ -1,0 +1,287 @@
+"""The most probable classes of images.
+
+    python -m vitpyramid.tools.predict photo.jpg --checkpoint=weights/pvt_small
+    python -m vitpyramid.tools.predict photos/ --checkpoint=https://.../pvt_small.pth --json > predictions.jsonl
+
+Images are turned as their EXIF data say, resized, cut and normalised as the network's authors did for evaluation, or as
+the run did whose work directory `--checkpoint` is. Predictions go to stdout; progress, and files that are no readable
+images, to stderr. Exit codes: 0 all predicted; 1 none predicted, for the reason printed; 2 some could not be read.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import functools
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+from tqdm import tqdm
+
+from vitpyramid.convert import load_pretrained
+from vitpyramid.data.augment import Size, decode, eval_crop, height_width
+from vitpyramid.data.folder import EXTENSIONS
+from vitpyramid.models.pyramid import Variant
+from vitpyramid.models.registry import create_model, get_variant, list_models
+from vitpyramid.tools.summary import image_size
+from vitpyramid.train.step import normalise
+
+# The first words of the synsets of ILSVRC 2012 in its order, as torchvision lists them (BSD-3-Clause), which tells both
+# cranes and both maillots apart. Synsets: WordNet 3.0, Copyright 2006 by Princeton University, all rights reserved;
+# https://wordnet.princeton.edu/license-and-commercial-use.
+IMAGENET_CLASSES = Path(__file__).with_name("imagenet_classes.txt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What an image may show.
+
+    Attributes:
+      path: of its file.
+      classes: indices of classes, the most probable first; none if the file could not be read.
+      probabilities: theirs, out of the softmax over all classes.
+      error: why the file could not be read, else empty.
+    """
+
+    path: Path
+    classes: tuple[int, ...]
+    probabilities: tuple[float, ...]
+    error: str = ""
+
+
+def predict(
+    model: nn.Module,
+    variables: dict,
+    variant: Variant,
+    paths: list[Path],
+    size: Size | None = None,
+    top: int = 5,
+    batch: int = 16,
+) -> Iterator[Prediction]:
+    """Classifies the images in `paths`; predictions come in their order, those of a batch at once.
+
+    Args:
+      model, variables: as `load_pretrained` gives them.
+      variant: how images are resized, cut and normalised, from `get_variant`.
+      paths: files.
+      size: side, or height and width, of the images that the network sees; None: the model's own.
+      top: predictions of an image; all, if the model has fewer classes.
+      batch: images that are classified together.
+
+    Raises:
+      ValueError: the model refuses images of this `size`.
+    """
+    height, width = height_width(size or model.image_size)
+    variables = jax.device_put(variables)
+    read = functools.partial(read_image, size=(height, width), variant=variant)
+    before: tuple = ()
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for start in range(0, len(paths), batch):
+            chunk = paths[start : start + batch]
+            images = np.zeros((min(batch, len(paths)), height, width, 3), np.uint8)  # of one shape: compiled once
+            errors = [""] * len(chunk)
+            for i, image in enumerate(pool.map(read, chunk)):
+                if isinstance(image, str):
+                    errors[i] = image
+                else:
+                    images[i] = image
+            found = _probabilities(model, variant, variables, images)
+            # Handed out after the next batch was read and sent, so that reading and computing overlap.
+            yield from _predictions(*before)
+            before = chunk, errors, found, top
+    yield from _predictions(*before)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _probabilities(model: nn.Module, variant: Variant, variables: dict, images: jax.Array) -> jax.Array:
+    """Of the classes, [B, K] in at least float32, for uint8 images [B, H, W, 3]."""
+    logits = model.apply(variables, normalise(images, variant.mean, variant.std, model.dtype))
+    return jax.nn.softmax(logits)
+
+
+def _predictions(paths=(), errors=(), found=(), top=0) -> Iterator[Prediction]:
+    for path, error, probabilities in zip(paths, errors, np.asarray(found), strict=False):  # fewer paths: padded
+        if error:
+            yield Prediction(path, (), (), error)
+        else:
+            classes = np.argsort(-probabilities, kind="stable")[:top]
+            yield Prediction(path, tuple(classes.tolist()), tuple(probabilities[classes].tolist()))
+
+
+def read_image(path: Path, size: tuple[int, int], variant: Variant) -> np.ndarray | str:
+    """uint8 [*size, 3] pixels of an image as the network should see it, or why it cannot be read."""
+    try:
+        data = path.read_bytes()
+        image = decode(data)
+        image.info.clear()  # of EXIF data, which some formats' decoders leave and others do not
+        image.getexif()[ExifTags.Base.Orientation] = _orientation(data)
+    except OSError as error:
+        return error.strerror or str(error)
+    except (ValueError, Image.DecompressionBombError) as error:
+        return str(error)
+    resample = Image.Resampling[variant.interpolation.upper()]
+    return np.asarray(eval_crop(ImageOps.exif_transpose(image), size, variant.crop, resample))
+
+
+def _orientation(data: bytes) -> int:
+    image = Image.open(io.BytesIO(data))
+    # Pillow turns TIFF images by itself while it decodes them.
+    return 1 if image.format == "TIFF" else image.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+def find_images(names: list[str]) -> tuple[list[Path], dict[Path, str]]:
+    """Files, and those in folders that have an image's extension, sorted by name, at any depth.
+
+    Names in folders that begin with a dot are left out.
+
+    Returns:
+      The files, and why there are none, for each name that has none.
+    """
+    found, problems = [], {}
+    for path in map(Path, names):
+        if not path.is_dir():
+            found.append(path)
+            continue
+        images = []
+        for folder, folders, files in os.walk(path, onerror=lambda e: problems.update({Path(e.filename): e.strerror})):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            images += [Path(folder, name) for name in sorted(files) if _is_image(name)]
+        if not images:
+            problems.setdefault(path, "no images in this folder")
+        found += images
+    return found, problems
+
+
+def _is_image(name: str) -> bool:
+    return not name.startswith(".") and os.fsencode(os.path.splitext(name)[1].lower()) in EXTENSIONS
+
+
+def name_of(model: nn.Module) -> str:
+    """The name by which `create_model` makes `model`, with its `num_classes` and `image_size`.
+
+    Raises:
+      ValueError: it has other hyper-parameters than any of them.
+    """
+    for name in list_models():
+        if create_model(name, num_classes=model.num_classes, image_size=model.image_size) == model:
+            return name
+    raise ValueError(f"expected one of the networks in list_models(), got another {type(model).__name__}")
+
+
+def evaluation_of(checkpoint: str, variant: Variant) -> Variant:
+    """`variant` with the crop and the interpolation of the run whose work directory `checkpoint` is, if it is one."""
+    file = Path(checkpoint) / "config.json"
+    if not file.is_file():
+        return variant
+    data = json.loads(file.read_text())["data"]
+    interpolation = data.get("eval_interpolation", variant.interpolation)
+    return dataclasses.replace(variant, crop=data["eval_crop"], interpolation=interpolation)
+
+
+def class_names(count: int, file: Path | None = None) -> list[str]:
+    """Names of `count` classes, from the lines of `file`; without one ImageNet's for 1000 classes, else `class 0` ...
+
+    Raises:
+      ValueError: the file has another number of lines, or is no text.
+      OSError: it cannot be read.
+    """
+    if file is None and count != 1000:
+        return [f"class {i}" for i in range(count)]
+    file = file or IMAGENET_CLASSES
+    try:
+        names = file.read_text("utf-8").rstrip().split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: expected text in UTF-8, one name a line") from error
+    if len(names) != count:
+        raise ValueError(f"{file}: expected {count} lines, one for each class of the model, it has {len(names)}")
+    return [name.strip() for name in names]
+
+
+def describe(prediction: Prediction, names: list[str]) -> str:
+    """A prediction as lines of text."""
+    pairs = zip(prediction.classes, prediction.probabilities, strict=True)
+    return "\n".join([str(prediction.path), *(f"{probability:8.2%}  {names[k]}" for k, probability in pairs)])
+
+
+def as_json(prediction: Prediction, names: list[str]) -> str:
+    """A prediction as a line: `{"path": "a.png", "top": [{"class": 0, "name": "tench", "probability": 0.9}, ...]}`."""
+    pairs = zip(prediction.classes, prediction.probabilities, strict=True)
+    top = [{"class": k, "name": names[k], "probability": probability} for k, probability in pairs]
+    return json.dumps({"path": str(prediction.path), "top": top})
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command, after its arguments were parsed; returns the exit code.
+
+    Raises:
+      ValueError, OSError: weights, names of classes or size that cannot be used.
+    """
+    paths, problems = find_images(args.images)
+    for path, problem in problems.items():
+        print(f"skipped {path}: {problem}", file=sys.stderr)
+    if not paths:
+        return 1
+    model, variables = load_pretrained(args.checkpoint, args.model)
+    names = class_names(model.num_classes, args.classes)
+    name = name_of(model)
+    variant = evaluation_of(args.checkpoint, get_variant(name))
+    size = height_width(args.size or model.image_size)
+    facts = f"{model.num_classes} classes, images of {size[0]} x {size[1]}, crop {variant.crop:g}"
+    print(f"{name}, {facts}, {variant.interpolation}", file=sys.stderr)
+    write = as_json if args.json else describe
+    skipped = 0
+    with tqdm(total=len(paths), unit=" images", disable=len(paths) == 1) as bar:
+        for prediction in predict(model, variables, variant, paths, size, args.top, args.batch):
+            if prediction.error:
+                skipped += 1
+                bar.write(f"skipped {prediction.path}: {prediction.error}", file=sys.stderr)
+            else:
+                bar.write(write(prediction, names), file=sys.stdout)
+            bar.update()
+    if skipped == len(paths):
+        return 1
+    return 2 if skipped or problems else 0
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer of at least 1")
+    return int(text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    parser = argparse.ArgumentParser("python -m vitpyramid.tools.predict", description=__doc__.splitlines()[0])
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="file, or folder with images at any depth")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        help="converted folder, work directory, PyTorch file, hf://owner/repo, https://...",
+    )
+    parser.add_argument("--model", help="name of the network; recognised by the weights if left out")
+    parser.add_argument("--size", type=image_size, help="HEIGHTxWIDTH or SIDE of the images; default: the model's own")
+    parser.add_argument("--top", type=_at_least_one, default=5, help="classes of an image; default: 5")
+    parser.add_argument("--batch", type=_at_least_one, default=16, help="images at a time; default: 16")
+    parser.add_argument("--classes", type=Path, help="file with the names of the classes, one a line")
+    parser.add_argument("--json", action="store_true", help="one line of JSON an image")
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as stop:  # argparse's own code for wrong arguments is 2
+        return 1 if stop.code else 0
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
+    try:
+        return run(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

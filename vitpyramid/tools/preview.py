@@ -1,0 +1,125 @@
+"""A picture of what the network receives: training images augmented, mixed and erased, and evaluation images.
+
+    python -m vitpyramid.tools.preview --config=configs/quickstart.py --out=preview.png --count=16
+
+Below each image its label; where images are mixed, each label with its weight.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image, ImageDraw
+
+from vitpyramid import data
+from vitpyramid.tools import config_args
+from vitpyramid.train.rng import named_key
+from vitpyramid.train.step import channel_statistics, make_prepare
+
+PARTS = (("training", "train"), ("evaluation", "eval"))
+
+_TILE = 128  # smallest side of an image on the sheet; smaller ones are enlarged by a whole factor
+_LINE = 14  # height of a line of text
+_GAP = 4
+
+
+def preview(config: ConfigDict, count: int) -> Image.Image:
+    """A sheet of the first `count` training images of a run of `config`, above as many of evaluation.
+
+    They are augmented as in the run, but mixed among themselves.
+
+    Raises:
+      ValueError: as `data.open_source` and `data.make_train`.
+    """
+    config = config.copy_and_resolve_references()
+    config.batch_size = config.eval.batch_size = count
+    config.data.workers = 0
+    train, held_out = (f"{part}: {config.data.name}, {config.data[f'{split}_split']}" for part, split in PARTS)
+    return stack([sheet(train, *training_images(config)), sheet(held_out, *evaluation_images(config))])
+
+
+def training_images(config: ConfigDict) -> tuple[np.ndarray, list[str]]:
+    """The first training batch as the first step prepares it, back in pixels (uint8), and captions."""
+    batches = data.make_train(config, data.open_source(config.data, config.data.train_split))
+    batch = next(batches)
+    batches.close()
+    config.loss.label_smoothing = 0.0  # leaves the weights of the mixed labels
+    key = jax.random.fold_in(named_key(config.seed, "mix"), 0)
+    prepared = jax.jit(make_prepare(config, jnp.float32))(key, {name: batch[name] for name in ("image", "label")})
+    mean, std = (np.asarray(values) for values in channel_statistics(config))
+    pixels = np.rint(255 * (np.asarray(prepared["image"]) * std + mean))
+    return pixels.clip(0, 255).astype(np.uint8), [caption(target) for target in np.asarray(prepared["targets"])]
+
+
+def evaluation_images(config: ConfigDict) -> tuple[np.ndarray, list[str]]:
+    """The first evaluation batch, without padding, and captions."""
+    batches = iter(data.make_eval(config, data.open_source(config.data, config.data.eval_split)))
+    batch = next(batches)
+    batches.close()
+    real = batch["mask"]
+    return batch["image"][real], [str(label) for label in batch["label"][real]]
+
+
+def caption(target: np.ndarray) -> str:
+    """The labels of a distribution [K], the heaviest first: "7", or "7 0.61, 2 0.39"."""
+    labels = [label for label in np.argsort(-target, kind="stable")[:2] if target[label] > 0]
+    return str(labels[0]) if len(labels) == 1 else ", ".join(f"{label} {target[label]:.2f}" for label in labels)
+
+
+def sheet(title: str, images: np.ndarray, captions: list[str]) -> Image.Image:
+    """Images, uint8 [N, H, W, 3], in rows below a title, each above its caption."""
+    height, width = images.shape[1:3]
+    factor = max(1, math.ceil(_TILE / min(height, width)))
+    tile_width, tile_height = width * factor + _GAP, height * factor + _LINE + _GAP
+    columns = min(len(images), math.ceil(math.sqrt(len(images) * tile_height / tile_width)))  # about a square
+    rows = math.ceil(len(images) / columns)
+    page = Image.new("RGB", (columns * tile_width + _GAP, rows * tile_height + _LINE + 2 * _GAP), "white")
+    draw = ImageDraw.Draw(page)
+    draw.text((_GAP, _GAP), title, "black")
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        left, top = _GAP + i % columns * tile_width, _LINE + 2 * _GAP + i // columns * tile_height
+        enlarged = Image.fromarray(image).resize((width * factor, height * factor), Image.Resampling.NEAREST)
+        page.paste(enlarged, (left, top))
+        draw.text((left, top + height * factor), caption, "black")
+    return page
+
+
+def stack(pages: list[Image.Image]) -> Image.Image:
+    """Pages below one another."""
+    whole = Image.new("RGB", (max(page.width for page in pages), sum(page.height for page in pages)), "white")
+    top = 0
+    for page in pages:
+        whole.paste(page, (0, top))
+        top += page.height
+    return whole
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command. Exits with 2 where the arguments make no sense."""
+    parser = argparse.ArgumentParser(
+        "vitpyramid.tools.preview",
+        description=__doc__.splitlines()[0],
+        usage=f"%(prog)s {config_args.USAGE} [--out=FILE.png] [--count=N]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--out", type=Path, default=Path("preview.png"), help="the picture, a PNG")
+    parser.add_argument("--count", type=int, default=16, help="images of each half")
+    args, config = config_args.parse(parser, argv)
+    if args.count < 1:
+        parser.error(f"--count={args.count}: expected 1 or more")
+    if not args.out.parent.is_dir():
+        parser.error(f"--out={args.out}: there is no folder {args.out.parent}")
+    try:
+        page = preview(config, args.count)
+    except ValueError as error:
+        parser.error(str(error))
+    page.save(args.out, "png")
+    print(f"{args.out}: {page.width} x {page.height} pixels, {args.count} images of training and of evaluation")
+
+
+if __name__ == "__main__":
+    main()
