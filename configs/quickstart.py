@@ -1,21 +1,28 @@
-"""A small PVT on scikit-learn's handwritten digits: the whole program on real images, on a CPU, in minutes.
+"""A small network on scikit-learn's handwritten digits: the whole program on real images, on a CPU, in minutes.
 
 1437 training images, 360 test images (stratified split, see `vitpyramid/data/digits.py`), nothing to download.
 
     python main.py --config=configs/quickstart.py
+    python main.py --config=configs/quickstart.py:rest
+
+After the colon a family: pvt (the default), pit, t2t_vit, rest or deit, each with its own recipe scaled down.
 """
 
 from ml_collections import ConfigDict
 
 from configs import base
 
+FAMILIES = ("pvt", "pit", "t2t_vit", "rest", "deit")
 
-def get_config() -> ConfigDict:
+
+def get_config(family: str = "pvt") -> ConfigDict:
+    if family not in FAMILIES:
+        raise ValueError(f"configs/quickstart.py:{family}: expected one of {', '.join(FAMILIES)}")
     config = base.get_config()
     config.batch_size = 64
     config.epochs = 40.0
 
-    config.model.name = "pvt_micro"
+    config.model.name = f"{family}_micro"
     config.model.num_classes = 10
     config.model.dtype = "float32"
 
@@ -32,6 +39,14 @@ def get_config() -> ConfigDict:
     config.optim.clip_norm = 1.0
 
     config.schedule.warmup_epochs = 2.0
+
+    if family == "pit":
+        config.optim.name = "adamp"
+    if family == "rest":
+        config.optim.clip_norm = 5.0
+    if family == "t2t_vit":
+        config.optim.weight_decay = 0.03
+        config.schedule.cooldown_epochs = 2.0
 
     config.eval.batch_size = 120
     config.eval.every_epochs = 10.0

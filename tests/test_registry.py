@@ -9,12 +9,12 @@ import golden
 from vitpyramid import create_model, list_models
 from vitpyramid.models.registry import get_variant
 
-OURS = {"pvt_micro", "pit_micro", "t2t_vit_micro", "rest_micro", "deit_micro"}
+OURS = {"regnety_micro", "pvt_micro", "pit_micro", "t2t_vit_micro", "rest_micro", "deit_micro"}
 
 
 def test_every_published_network_is_there():
     """Those of the golden manifest, the convolution token module of T2T-ViT's Table 7, and the micro networks."""
-    assert set(list_models()) == set(golden.manifest()) | {"t2t_vit_c_14"} | OURS
+    assert set(list_models()) == set(golden.manifest()) | {"t2t_vit_c_14", "regnety_160"} | OURS
     assert list_models("pit_b") == ["pit_b", "pit_b_distilled"]
 
 

@@ -10,7 +10,7 @@ import pytest
 from configs import base
 from vitpyramid import create_model
 from vitpyramid.train.optim import decay_mask, make_optimizer
-from vitpyramid.train.schedule import Horizon, peak_lr, warmup_cosine
+from vitpyramid.train.schedule import Horizon, make_schedule, peak_lr
 
 
 def test_horizon_counts_whole_batches():
@@ -36,7 +36,7 @@ def test_warmup_cosine_follows_timm(warmup):
     """timm's epoch formula, written out in float64, at whole and half epochs."""
     config = base.get_config()
     config.schedule.warmup_epochs = warmup
-    schedule = warmup_cosine(config, Horizon.of(config, 1_281_167))
+    schedule = make_schedule(config, Horizon.of(config, 1_281_167))
     for epoch in (0, 0.5, 1, 4.5, 5, 5.5, 100, 299, 300):
         if epoch < warmup:
             expected = 1e-6 + epoch * (1e-3 - 1e-6) / warmup
@@ -49,7 +49,7 @@ def test_warmup_cosine_follows_timm(warmup):
 
 def test_schedule_stays_at_the_end():
     config = base.get_config()
-    schedule = warmup_cosine(config, Horizon.of(config, 1_281_167))
+    schedule = make_schedule(config, Horizon.of(config, 1_281_167))
     assert float(schedule(400_000)) == pytest.approx(1e-5)
 
 
@@ -75,10 +75,12 @@ def test_optimizer_is_adamw_with_decoupled_decay_and_clipping():
     config = base.get_config()
     config.optim.clip_norm, config.optim.weight_decay = 1.0, 0.05
     lr = 0.01
-    tx = make_optimizer(config, lambda step: lr, ())
+    config.optim.lr, config.optim.lr_batch = lr, 0
+    config.schedule.name, config.schedule.warmup_epochs = "constant", 0.0
     rng = np.random.default_rng(0)
     params = {"kernel": rng.normal(size=(3, 4)), "bias": rng.normal(size=4)}
     ours = jax.tree.map(jnp.float32, params)
+    tx = make_optimizer(config, Horizon.of(config, 1_281_167), ours, ()).tx
     state = tx.init(ours)
     m, v = ({k: np.zeros_like(p) for k, p in params.items()} for _ in range(2))
     for t in range(1, 4):

@@ -15,6 +15,7 @@ from vitpyramid.train import program as programs
 from vitpyramid.train.losses import smooth_one_hot
 from vitpyramid.train.mesh import batch_sharding, make_mesh, state_sharding
 from vitpyramid.train.metrics import EvalMetrics, top_k_correct
+from vitpyramid.train.optim import Optimizer
 from vitpyramid.train.state import abstract_state, create_state, init_function, model_from_config
 from vitpyramid.train.step import make_eval_step, make_train_step, normalise
 
@@ -43,9 +44,10 @@ def step_zero():
     # A rate of 1 subtracts the gradient, so that states show it; Adam would divide rounding noise by itself.
     tx = optax.sgd(1.0)
     init = init_function(config, model, tx)
+    optimizer = Optimizer(tx, jax.tree.map(lambda _: True, jax.eval_shape(init).params))
     with jax.set_mesh(mesh):
         state = create_state(init, abstract_state(init, mesh))
-    return config, jax.device_get(state), make_train_step(config, model, tx, lambda step: 1.0)
+    return config, jax.device_get(state), make_train_step(config, model, optimizer, lambda step: 1.0)
 
 
 @functools.cache
@@ -58,7 +60,7 @@ def two_steps(devices, fsdp):
         state = jax.device_put(start, state_sharding(mesh, start))
         metrics, states = [], []
         for batch in batches(config, 2):
-            state, measured = step(state, jax.device_put(batch, batch_sharding(mesh)))
+            state, measured = step(state, jax.device_put(batch, batch_sharding(mesh)), {})
             metrics.append({name: float(value) for name, value in measured.compute().items()})
             states.append(jax.device_get(state))
     return metrics, states, step
@@ -105,9 +107,9 @@ def test_dropout_is_a_function_of_the_step():
     mesh = make_mesh(1, jax.devices()[:1])
     batch = next(batches(config, 1))
     with jax.set_mesh(mesh):
-        again, measured = step(jax.device_put(start, state_sharding(mesh, start)), batch)
+        again, measured = step(jax.device_put(start, state_sharding(mesh, start)), batch, {})
         later, measured_later = step(
-            jax.device_put(start.replace(step=np.int32(7)), state_sharding(mesh, start)), batch
+            jax.device_put(start.replace(step=np.int32(7)), state_sharding(mesh, start)), batch, {}
         )
     assert float(measured.loss.compute()) == metrics[0]["loss"]
     chex.assert_trees_all_equal(jax.device_get(again), states[0])

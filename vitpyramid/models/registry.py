@@ -5,10 +5,17 @@ import difflib
 
 import flax.linen as nn
 
-from vitpyramid.models import pit, pvt, rest, t2t_vit, vit
+from vitpyramid.models import pit, pvt, regnet, rest, t2t_vit, vit
 from vitpyramid.models.pyramid import Variant
 
-VARIANTS: dict[str, Variant] = {**pvt.VARIANTS, **pit.VARIANTS, **t2t_vit.VARIANTS, **rest.VARIANTS, **vit.VARIANTS}
+VARIANTS: dict[str, Variant] = {
+    **pvt.VARIANTS,
+    **pit.VARIANTS,
+    **t2t_vit.VARIANTS,
+    **rest.VARIANTS,
+    **vit.VARIANTS,
+    **regnet.VARIANTS,
+}
 
 
 def list_models(prefix: str = "") -> list[str]:

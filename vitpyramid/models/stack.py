@@ -61,6 +61,12 @@ class _Step(nn.Module):
         return shard_batch(block(x)), None
 
 
+def is_stacked(path: Sequence[str]) -> bool:
+    """Whether the parameter at this path is of all blocks of a stage, along its first axis."""
+    matches = (_BLOCKS.fullmatch(name) for name in path)
+    return any(match and not match[2] for match in matches)
+
+
 def stack_blocks(params: Mapping) -> dict:
     """Parameters as a model with `scan=True` has them, from those of one without.
 

@@ -10,6 +10,7 @@ import jax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
+from vitpyramid.convert.store import CONVERTED, FOLDER
 from vitpyramid.train.config import ConfigError, differences
 from vitpyramid.train.state import TrainState
 
@@ -30,12 +31,17 @@ def open_checkpoints(workdir: Path, keep: int = 1, read_only: bool = False) -> o
         "state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
         "meta": ocp.JsonCheckpointHandler(),
     }
-    return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options, item_handlers=handlers)
+    return ocp.CheckpointManager((workdir / FOLDER).absolute(), options=options, item_handlers=handlers)
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState, config: ConfigDict, num_examples: int) -> None:
     """Starts saving the state of this step; the files are written while training goes on."""
-    meta = {"config": config.to_dict(), "num_examples": num_examples}
+    meta = {
+        "network": {**network(config), "scan": config.model.scan},
+        "ema": config.ema.decay > 0,
+        "config": config.to_dict(),
+        "num_examples": num_examples,
+    }
     items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
     manager.save(int(state.step), args=items)
 
@@ -48,6 +54,18 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract):
     restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
     state = ocp.args.PyTreeRestore(abstract, restore_args, partial_restore=isinstance(abstract, dict))
     return manager.restore(step, args=ocp.args.Composite(state=state))["state"]
+
+
+def network(config: ConfigDict) -> dict:
+    """What `create_model` needs to know to make the network of a config again."""
+    model = config.model
+    return {"name": model.name, "num_classes": model.num_classes, "image_size": config.data.image_size}
+
+
+def check_is_no_conversion(workdir: Path) -> None:
+    """Raises `ConfigError` if `workdir` holds converted weights, which a run must not replace."""
+    if (workdir / CONVERTED).exists():
+        raise ConfigError(f"--workdir={workdir}: expected a folder for a run, this one holds converted weights")
 
 
 def check_continues(manager: ocp.CheckpointManager, step: int, config: ConfigDict, num_examples: int) -> None:
@@ -64,14 +82,19 @@ def check_continues(manager: ocp.CheckpointManager, step: int, config: ConfigDic
         )
 
 
-def check_evaluates(manager: ocp.CheckpointManager, step: int, config: ConfigDict) -> int:
-    """Raises `ConfigError` if this config is not of the network that was saved. Returns the run's training examples."""
+def check_evaluates(manager: ocp.CheckpointManager, step: int, config: ConfigDict) -> bool:
+    """Raises `ConfigError` if this config is not of the network that was saved. Returns whether it has an average."""
     meta = _read_meta(manager, step)
-    ours = ("model.name", "model.num_classes", "data.image_size", "ema.")
-    changed = [line for line in differences(config, meta["config"]) if line.startswith(ours)]
+    ours = {**network(config), "scan": config.model.scan}
+    keys = {"name": "model.name", "num_classes": "model.num_classes", "image_size": "data.image_size"}
+    changed = [
+        f"{keys.get(key, f'model.{key}')}: {meta['network'][key]!r} -> {ours[key]!r}"
+        for key in ours
+        if ours[key] != meta["network"][key]
+    ]
     if changed:
         raise ConfigError(f"{manager.directory}/{step} was saved with another config:\n  " + "\n  ".join(changed))
-    return meta["num_examples"]
+    return meta["ema"]
 
 
 def _read_meta(manager: ocp.CheckpointManager, step: int) -> dict:

@@ -5,11 +5,13 @@ import logging
 import time
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vitpyramid import data
+from vitpyramid.convert import load_pretrained
 from vitpyramid.models.registry import get_variant
 from vitpyramid.train import checkpoint
 from vitpyramid.train.config import ConfigError
@@ -24,7 +26,7 @@ from vitpyramid.train.program import (
     use_compile_cache,
 )
 from vitpyramid.train.progress import Progress, Summary
-from vitpyramid.train.state import TrainState, create_state
+from vitpyramid.train.state import TrainState, create_state, with_weights
 from vitpyramid.train.writer import MetricWriter, format_seconds, write_atomically
 
 log = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ def train(config: ConfigDict, workdir: Path, allow_config_change: bool = False) 
       ConfigError: the config does not fit the data, or contradicts the checkpoint.
       NonFiniteError: the loss or gradient stopped being finite; what was saved before is untouched.
     """
+    checkpoint.check_is_no_conversion(workdir)
     use_compile_cache(config.compile_cache)
     mesh = make_mesh(config.mesh.fsdp)
     hosts = (jax.process_index(), jax.process_count())
@@ -52,7 +55,8 @@ def train(config: ConfigDict, workdir: Path, allow_config_change: bool = False) 
     ):
         train_source = _open_source(config, config.data.train_split)
         eval_source = _open_source(config, config.data.eval_split)
-        program = build(config, len(train_source), mesh)
+        teacher = _load_weights(config, "distill.teacher") if config.distill.teacher else None
+        program = build(config, len(train_source), mesh, teacher)
         start, total = checkpoints.latest_step() or 0, program.horizon.total_steps
         if start and not allow_config_change:
             checkpoint.check_continues(checkpoints, start, config, len(train_source))
@@ -60,6 +64,7 @@ def train(config: ConfigDict, workdir: Path, allow_config_change: bool = False) 
             raise ConfigError(f"epochs = {config.epochs}: expected {start} steps or more, {workdir} has taken those")
         write_atomically(workdir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
         _describe(config, program, mesh, len(train_source), len(eval_source), start)
+        weights = _load_weights(config, "init") if config.init and not start else None
 
         compiling = time.perf_counter()
         train_step = compile_train_step(config, program, mesh)
@@ -68,6 +73,11 @@ def train(config: ConfigDict, workdir: Path, allow_config_change: bool = False) 
             state = checkpoint.restore(checkpoints, start, program.state)
         else:
             state = create_state(program.init, program.state)
+            if weights is not None:
+                state = with_weights(state, weights[1], config.model.scan)
+        teacher_variables = jax.tree.map(
+            lambda leaf, to: jax.device_put(leaf, to.sharding), teacher[1] if teacher else {}, program.teacher
+        )
         compile_seconds = time.perf_counter() - compiling
 
         train_batches = data.make_train(config, train_source, start, *hosts)
@@ -90,7 +100,7 @@ def train(config: ConfigDict, workdir: Path, allow_config_change: bool = False) 
                 progress.resume_clock()
             if step == total or stop:
                 break
-            state, step_metrics = train_step(state, next(train_batches))
+            state, step_metrics = train_step(state, next(train_batches), teacher_variables)
             progress.add(step + 1, step_metrics)
             stop = stop_requested(step + 1)
         writer.close()
@@ -98,20 +108,24 @@ def train(config: ConfigDict, workdir: Path, allow_config_change: bool = False) 
 
 
 def evaluate_checkpoint(config: ConfigDict, workdir: Path) -> tuple[int, dict[str, float]]:
-    """Evaluates the newest checkpoint in `workdir` on `data.eval_split`. Returns its step and the metrics."""
+    """Evaluates the newest checkpoint in `workdir`, or converted weights, on `data.eval_split`.
+
+    Returns the checkpoint's step and the metrics.
+    """
     use_compile_cache(config.compile_cache)
     mesh = make_mesh(config.mesh.fsdp)
     with jax.set_mesh(mesh), checkpoint.open_checkpoints(workdir, read_only=True) as checkpoints:
         step = checkpoints.latest_step()
         if step is None:
             raise ConfigError(f"--workdir={workdir}: expected a folder with a complete checkpoint in checkpoints/")
-        num_examples = checkpoint.check_evaluates(checkpoints, step, config)
+        has_average = checkpoint.check_evaluates(checkpoints, step, config)
         eval_source = _open_source(config, config.data.eval_split)
-        program = build(config, num_examples, mesh)
+        program = build(config, len(eval_source), mesh)  # evaluation does not ask how long training was
         eval_step = compile_eval_step(config, program, mesh)
         state = program.state
+        average = state.variables if has_average else {}
         saved = checkpoint.restore(
-            checkpoints, step, {"params": state.params, "model_state": state.model_state, "ema": state.ema}
+            checkpoints, step, {"params": state.params, "model_state": state.model_state, "ema": average}
         )
         state = state.replace(**saved)
         batches = data.make_eval(config, eval_source, jax.process_index(), jax.process_count())
@@ -133,16 +147,37 @@ def evaluate(eval_step, state: TrainState, batches, mesh: Mesh) -> dict[str, flo
                 reported = now
                 eta = format_seconds((len(batches) - done) * (now - begin) / done)
                 log.info("evaluating: batch %d/%d  ETA %s", done, len(batches), eta)
-        results |= {prefix + name: float(value) for name, value in jax.device_get(metrics).compute().items()}
+        values = {prefix + name: float(value) for name, value in jax.device_get(metrics).compute().items()}
+        results |= {name: value for name, value in values.items() if value or not name.endswith("skipped")}
     return results
 
 
+def _load_weights(config: ConfigDict, key: str) -> tuple[nn.Module, dict]:
+    """The weights to start from, with the config's head and size, or the teacher's, as they are."""
+    path = config.init if key == "init" else config.distill.teacher
+    log.info("reading %s: %s", key, path)
+    try:
+        if key == "init":
+            return load_pretrained(
+                path,
+                config.model.name,
+                num_classes=config.model.num_classes,
+                image_size=config.data.image_size,
+                seed=config.seed,
+            )
+        return load_pretrained(path, config.distill.model or None)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{key} = {path!r}: {error}") from error
+
+
 def _open_source(config: ConfigDict, split: str) -> data.Source:
-    """The source of a split, checked against the config's number of classes."""
+    """The source of a split. The config's number of classes is checked against it, or set where it is 0."""
     try:
         source = data.open_source(config.data, split)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if not config.model.num_classes:
+        config.model.num_classes = source.num_classes
     if source.num_classes != config.model.num_classes:
         raise ConfigError(
             f"model.num_classes = {config.model.num_classes}: expected {source.num_classes}, "

@@ -12,10 +12,12 @@ import platformdirs
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from vitpyramid.train import mesh as meshes
+from vitpyramid.train.config import ConfigError
 from vitpyramid.train.mesh import batch_sharding
 from vitpyramid.train.metrics import EvalMetrics
 from vitpyramid.train.optim import make_optimizer
-from vitpyramid.train.schedule import Horizon, warmup_cosine
+from vitpyramid.train.schedule import Horizon, make_schedule
 from vitpyramid.train.state import abstract_state, init_function, model_from_config
 from vitpyramid.train.step import make_eval_step, make_train_step
 
@@ -30,7 +32,8 @@ class Program(NamedTuple):
       horizon: length of the run.
       init: `() -> TrainState` of step 0.
       state: shapes, dtypes and shardings of the state.
-      train_step: `(state, batch) -> (state, metrics)`.
+      teacher: shapes, dtypes and shardings of the teacher's variables; empty without one.
+      train_step: `(state, batch, teacher_variables) -> (state, metrics)`.
       eval_step: `(variables, metrics, batch) -> metrics`.
     """
 
@@ -38,23 +41,44 @@ class Program(NamedTuple):
     horizon: Horizon
     init: Callable
     state: Any
+    teacher: dict
     train_step: Callable
     eval_step: Callable
 
 
-def build(config: ConfigDict, num_examples: int, mesh: Mesh) -> Program:
-    """The program of a config for a training split of `num_examples`; nothing is computed or compiled."""
+def build(config: ConfigDict, num_examples: int, mesh: Mesh, teacher: tuple[nn.Module, dict] | None = None) -> Program:
+    """The program of a config for a training split of `num_examples`; nothing is computed or compiled.
+
+    `teacher` is what `load_pretrained` returns, for distillation.
+
+    Raises:
+      ConfigError: `optim.lr_rules` do not fit the network's parameters, or the teacher has other classes.
+    """
     model = model_from_config(config)
     horizon = Horizon.of(config, num_examples)
-    schedule = warmup_cosine(config, horizon)
-    tx = make_optimizer(config, schedule, model.no_weight_decay)
-    init = init_function(config, model, tx)
+    size = config.data.image_size
+    images = jax.ShapeDtypeStruct((jax.device_count(), size, size, 3), model.dtype)
+    params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    try:
+        optimizer = make_optimizer(config, horizon, params, model.no_weight_decay)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    teacher_model, teacher_variables = teacher or (None, {})
+    if teacher_model is not None:
+        if teacher_model.num_classes != config.model.num_classes:
+            raise ConfigError(
+                f"distill.teacher = {config.distill.teacher!r}: expected {config.model.num_classes} classes, as "
+                f"model.num_classes, it has {teacher_model.num_classes}"
+            )
+        teacher_model = teacher_model.clone(dtype=model.dtype)
+    init = init_function(config, model, optimizer.tx)
     return Program(
         model=model,
         horizon=horizon,
         init=init,
         state=abstract_state(init, mesh),
-        train_step=make_train_step(config, model, tx, schedule),
+        teacher=_abstract(mesh, teacher_variables),
+        train_step=make_train_step(config, model, optimizer, make_schedule(config, horizon), teacher_model),
         eval_step=make_eval_step(config, model),
     )
 
@@ -66,6 +90,8 @@ def abstract_batch(config: ConfigDict, mesh: Mesh, evaluation: bool = False) -> 
     shapes = {"image": ((count, size, size, 3), "uint8"), "label": ((count,), "int32")}
     if evaluation:
         shapes["mask"] = ((count,), "bool")
+    if config.data.on_corrupt == "skip":
+        shapes["skipped"] = ((count,), "bool")
     sharding = batch_sharding(mesh)
     return {k: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for k, (shape, dtype) in shapes.items()}
 
@@ -74,7 +100,7 @@ def compile_train_step(config: ConfigDict, program: Program, mesh: Mesh) -> jax.
     """The training step for this mesh. It takes the state's memory over."""
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
     step = jax.jit(program.train_step, donate_argnums=0, out_shardings=(state_shardings, _replicated(mesh)))
-    return _compile("train step", step, program.state, abstract_batch(config, mesh))
+    return _compile("train step", step, program.state, abstract_batch(config, mesh), program.teacher)
 
 
 def compile_eval_step(config: ConfigDict, program: Program, mesh: Mesh) -> jax.stages.Compiled:
@@ -96,6 +122,11 @@ def use_compile_cache(folder: str) -> None:
     if folder:
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _abstract(mesh: Mesh, variables: dict) -> dict:
+    shardings = meshes.state_sharding(mesh, variables)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), variables, shardings)
 
 
 def _replicated(mesh: Mesh) -> NamedSharding:

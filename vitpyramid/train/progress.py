@@ -88,6 +88,7 @@ class Progress:
             f"step {step:{len(str(self._total))}d}/{self._total}  loss {means['loss']:.4f}  top1 {means['top1']:6.2%}  "
             f"top5 {means['top5']:6.2%}  lr {means['lr']:.2e}  grad norm {means['grad_norm']:.3g}  "
             f"{images / seconds:.0f} images/s  {seconds / len(collected):.3f} s/step  ETA {format_seconds(remaining)}"
+            + (f"  {means['skipped']:.0f} images skipped" if means["skipped"] else "")
         )
         self.resume_clock()
 
@@ -116,7 +117,8 @@ class Progress:
 
 def format_metrics(metrics: dict[str, float]) -> str:
     """`loss 0.1234, top1 97.50%, ...`"""
-    return ", ".join(f"{k} {v:.4f}" if k.endswith("loss") else f"{k} {v:.2%}" for k, v in metrics.items())
+    forms = {"loss": ".4f", "skipped": ".0f"}
+    return ", ".join(f"{name} {value:{forms.get(name.split('_')[-1], '.2%')}}" for name, value in metrics.items())
 
 
 def format_summary(summary: Summary, workdir: Path, command: str) -> str:

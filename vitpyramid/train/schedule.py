@@ -31,18 +31,36 @@ def peak_lr(config: ConfigDict) -> float:
     return optim.lr * (config.batch_size / optim.lr_batch if optim.lr_batch else 1.0)
 
 
-def warmup_cosine(config: ConfigDict, horizon: Horizon) -> optax.Schedule:
-    """Linear warm-up, then cosine: timm's `CosineLRScheduler` with one cycle, evaluated at every step.
+def make_schedule(config: ConfigDict, horizon: Horizon, factor: float = 1.0) -> optax.Schedule:
+    """Learning rate at each step: linear warm-up, then cosine or constant, as timm's schedulers with one cycle.
 
-    With `t` the time in epochs, `T` the length, `w` the warm-up: `warmup_lr + t (lr - warmup_lr) / w` before `w`, then
-    `min_lr + (lr - min_lr) (1 + cos(pi t / T)) / 2`. The phase is `t / T`, not `(t - w) / (T - w)`.
+    With `t` the time in epochs, `T` the length without cooldown, `w` the warm-up: `warmup_lr + t (lr - warmup_lr) / w`
+    before `w`; then `min_lr + (lr - min_lr) (1 + cos(pi t / T)) / 2`, or `lr` where `schedule.name` is "constant"; from
+    `T` on `min_lr`, or `lr`. The phase is `t / T`, not `(t - w) / (T - w)`.
+
+    Where `schedule.per` is "epoch", `t` is the number of whole epochs done, less `schedule.lag`, at least 0. DeiT, PVT,
+    PiT and ResT have a lag of 1: they call timm's `step(epoch)` after an epoch, so the first two have the same rate.
+
+    Args:
+      factor: of the peak; `min_lr` and `warmup_lr` stay, as in PyTorch's parameter groups.
     """
-    lr, low = peak_lr(config), config.schedule.min_lr
-    start, warmup = config.schedule.warmup_lr, config.schedule.warmup_epochs * horizon.steps_per_epoch
+    schedule = config.schedule
+    lr = factor * peak_lr(config)
+    grows = config.batch_size / config.optim.lr_batch if schedule.scale_ends and config.optim.lr_batch else 1.0
+    low, start = schedule.min_lr * grows, schedule.warmup_lr * grows
+    per_epoch = schedule.per == "epoch"
+    unit = 1 if per_epoch else horizon.steps_per_epoch  # of time, below
+    warmup = schedule.warmup_epochs * unit
+    length = (config.epochs - schedule.cooldown_epochs) * unit
 
-    def schedule(step):
-        rising = start + step * ((lr - start) / max(warmup, 1.0))
-        phase = jnp.minimum(step / horizon.total_steps, 1.0)
-        return jnp.where(step < warmup, rising, low + 0.5 * (lr - low) * (1 + jnp.cos(jnp.pi * phase)))
+    def learning_rate(step):
+        time = jnp.maximum(step // horizon.steps_per_epoch - schedule.lag, 0) if per_epoch else step
+        rising = start + time * ((lr - start) / max(warmup, 1e-9))
+        if schedule.name == "constant":
+            after = jnp.full_like(rising, lr)
+        else:
+            # (1 + cos(pi t / T)) / 2, from what is left of T: exact to float32 near the end, where that cancels.
+            after = low + (lr - low) * jnp.sin(jnp.pi / 2 * jnp.maximum(length - time, 0) / length) ** 2
+        return jnp.where(time < warmup, rising, after)
 
-    return schedule
+    return learning_rate

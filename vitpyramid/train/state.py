@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vitpyramid.models.registry import create_model
+from vitpyramid.models.stack import stack_blocks
 from vitpyramid.train import mesh as meshes
 from vitpyramid.train.rng import named_key
 
@@ -88,3 +89,17 @@ def create_state(init, abstract) -> TrainState:
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(init, out_shardings=shardings, compiler_options=options)()
+
+
+def with_weights(state: TrainState, variables: dict, scan: bool) -> TrainState:
+    """The state with other weights, of a model without `scan`; a moving average starts from them as well."""
+    params = stack_blocks(variables["params"]) if scan else variables["params"]
+    variables = {**variables, "params": params}
+
+    def put(new: dict, old: dict) -> dict:
+        # A copy: the train step donates the state, and on CPU an array may share the memory of numpy's.
+        return jax.tree.map(lambda leaf, to: jnp.copy(jax.device_put(leaf, to.sharding)), new, old)
+
+    ema = state.ema and put(variables, state.ema)
+    variables = put(variables, state.variables)
+    return state.replace(params=variables.pop("params"), model_state=variables, ema=ema)

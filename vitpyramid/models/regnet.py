@@ -1,0 +1,182 @@
+"""RegNetY: the convolutional network that DeiT and PiT learn from by distillation.
+
+Radosavovic et al., "Designing Network Design Spaces", CVPR 2020, arXiv 2003.13678. Equal in evaluation to timm's
+`regnety_160`, whose weights (RegNetY-16GF) DeiT's authors name as the teacher.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vitpyramid.models.layers import BatchNorm, at_least_float32, normal_init, shard_batch
+from vitpyramid.models.pyramid import Level, Variant
+
+
+class ConvNorm(nn.Module):
+    """Convolution without bias, padded as PyTorch pads, batch norm, and ReLU unless `act` is False."""
+
+    dim: int
+    kernel: int
+    stride: int
+    groups: int
+    act: bool
+    train: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, h, w, C]` -> `[B, ceil(h / stride), ceil(w / stride), dim]`."""
+        window, pad = (self.kernel, self.kernel), self.kernel // 2
+        x = nn.Conv(
+            self.dim,
+            window,
+            self.stride,
+            ((pad, pad), (pad, pad)),
+            feature_group_count=self.groups,
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.he_normal(),
+            name="conv",
+        )(x)
+        x = BatchNorm(self.train, self.dtype, name="bn")(x)
+        return nn.relu(x) if self.act else x
+
+
+class SqueezeExcitation(nn.Module):
+    """Scales each channel by a function of all channels' means."""
+
+    hidden: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, h, w, C]` -> the same."""
+        pooled = x.astype(at_least_float32(self.dtype)).mean((1, 2), keepdims=True).astype(self.dtype)
+        pooled = nn.relu(nn.Conv(self.hidden, (1, 1), dtype=self.dtype, name="fc1")(pooled))
+        return x * nn.sigmoid(nn.Conv(x.shape[-1], (1, 1), dtype=self.dtype, name="fc2")(pooled))
+
+
+class Bottleneck(nn.Module):
+    """`1x1 -> grouped 3x3 -> squeeze-excitation -> 1x1`, added to the input, which is projected where it must be."""
+
+    dim: int
+    stride: int
+    group_width: int
+    train: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, h, w, C]` -> `[B, ceil(h / stride), ceil(w / stride), dim]`."""
+        rest = {"train": self.train, "dtype": self.dtype}
+        width, shortcut = x.shape[-1], x
+        if width != self.dim or self.stride > 1:
+            shortcut = ConvNorm(self.dim, 1, self.stride, 1, act=False, name="downsample", **rest)(x)
+        x = ConvNorm(self.dim, 1, 1, 1, act=True, name="conv1", **rest)(x)
+        x = ConvNorm(self.dim, 3, self.stride, self.dim // self.group_width, act=True, name="conv2", **rest)(x)
+        x = SqueezeExcitation(round(width / 4), self.dtype, name="se")(x)
+        x = ConvNorm(self.dim, 1, 1, 1, act=False, name="conv3", **rest)(x)
+        return nn.relu(x + shortcut)
+
+
+class Head(nn.Module):
+    """Mean over the map, then `fc`."""
+
+    num_classes: int
+    drop_rate: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, h, w, C]` -> `[B, K]`, in at least float32."""
+        wide = at_least_float32(self.dtype)
+        x = nn.Dropout(self.drop_rate, deterministic=False)(x.astype(wide).mean((1, 2)))
+        return nn.Dense(self.num_classes, dtype=wide, kernel_init=normal_init, name="fc")(x)
+
+
+class RegNetY(nn.Module):
+    """A convolutional stem and four stages of bottlenecks, at strides 4, 8, 16 and 32.
+
+    Attributes:
+      depths, dims: blocks and width of each stage.
+      group_width: channels of a group in the 3x3 convolutions; divides every width.
+      stem_dim: width of the stem, at stride 2.
+      num_classes: width of the logits.
+      image_size: unused; no weight depends on the size of images.
+      drop_rate: dropout before the head.
+      attn_drop_rate, drop_path_rate: 0; there is nothing that they could drop.
+      remat: recompute each block in the backward pass instead of storing what is inside it.
+      scan: False; a stage's first block differs from the others.
+      dtype: of activations and convolutions; norms' statistics and logits are at least float32.
+    """
+
+    depths: tuple[int, ...]
+    dims: tuple[int, ...]
+    group_width: int
+    stem_dim: int = 32
+    num_classes: int = 1000
+    image_size: int | tuple[int, int] = 224
+    drop_rate: float = 0.0
+    attn_drop_rate: float = 0.0
+    drop_path_rate: float = 0.0
+    remat: bool = False
+    scan: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    # Besides vectors, which no family decays.
+    no_weight_decay = ()
+    strides = (4, 8, 16, 32)
+
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Logits `[B, num_classes]` of normalised images `[B, H, W, 3]` of any size."""
+        return self.encode(images, train)[1]
+
+    def features(self, images: jax.Array, train: bool = False) -> tuple[Level, ...]:
+        """Output of each stage's last block; strides 4, 8, 16, 32, sides rounded up."""
+        return self.encode(images, train)[0]
+
+    @nn.compact
+    def encode(self, images: jax.Array, train: bool) -> tuple[tuple[Level, ...], jax.Array]:
+        """The pyramid and the logits."""
+        if images.ndim != 4:
+            raise ValueError(f"images have shape {images.shape}, expected [B, H, W, C]")
+        if self.scan or self.attn_drop_rate or self.drop_path_rate:
+            raise ValueError("RegNetY has no scan, attn_drop_rate or drop_path_rate: expected False, 0 and 0")
+        block = nn.remat(Bottleneck) if self.remat else Bottleneck
+        x = ConvNorm(self.stem_dim, 3, 2, 1, True, train, self.dtype, name="stem")(images.astype(self.dtype))
+        levels = []
+        for s, (depth, dim) in enumerate(zip(self.depths, self.dims, strict=True), start=1):
+            x = Stage(block, depth, dim, self.group_width, train, self.dtype, name=f"s{s}")(x)
+            levels.append(Level(x, self.strides[s - 1]))
+        drop_rate = self.drop_rate if train else 0.0
+        return tuple(levels), Head(self.num_classes, drop_rate, self.dtype, name="head")(x)
+
+
+class Stage(nn.Module):
+    """Blocks of one width; the first halves the map."""
+
+    block: type[nn.Module]
+    depth: int
+    dim: int
+    group_width: int
+    train: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, h, w, C]` -> `[B, ceil(h / 2), ceil(w / 2), dim]`."""
+        for j in range(1, self.depth + 1):
+            stride = 2 if j == 1 else 1
+            block = self.block(self.dim, stride, self.group_width, self.train, self.dtype, name=f"b{j}")
+            x = shard_batch(block(x))
+        return x
+
+
+VARIANTS = {
+    # RegNetY-16GF.
+    "regnety_160": Variant(RegNetY((2, 4, 11, 1), (224, 448, 1232, 3024), 112), params=83_590_140),
+    # Not from the paper: for small images and small machines.
+    "regnety_micro": Variant(
+        RegNetY((1, 1, 3, 1), (32, 64, 128, 256), 16, stem_dim=16, num_classes=10, image_size=32), params=393_014
+    ),
+}

@@ -1,0 +1,148 @@
+"""Mixup, CutMix and random erasing on the device: pure functions of a key, whatever devices hold the batch.
+
+The rules are timm's (`timm/data/mixup.py` and `random_erasing.py`, 0.3.2, with which the four families were trained).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from vitpyramid.models.layers import at_least_float32
+
+ERASED_AREA = (0.02, 1 / 3)  # of the image, for all boxes together
+ERASED_ASPECT = (0.3, 1 / 0.3)  # height / width
+TRIES = 10  # for a box that fits
+
+
+class Boxes(NamedTuple):
+    """Rectangles of pixels, `low <= index < high`: int32, all of one shape."""
+
+    top: jax.Array
+    bottom: jax.Array
+    left: jax.Array
+    right: jax.Array
+
+    def mask(self, height: int, width: int) -> jax.Array:
+        """True inside: the boxes' shape and `[height, width]`."""
+        rows, columns = jnp.arange(height)[:, None], jnp.arange(width)
+        top, bottom, left, right = (side[..., None, None] for side in self)
+        return (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
+
+
+def mix(key: jax.Array, images: jax.Array, targets: jax.Array, config: ConfigDict) -> tuple[jax.Array, jax.Array]:
+    """Mixes every image with its partner, image `i` with image `B - 1 - i`, and their targets alike.
+
+    Args:
+      images: `[B, H, W, C]`, float, or uint8, which is then rounded to whole numbers (in float32).
+      targets: `[B, K]`, distributions.
+      config: `mixup` and `cutmix` (alphas of the Beta distributions, 0 is off), `prob`, `switch_prob` and `mode`:
+        "batch" draws once for all, "pair" for `i` and `B - 1 - i` together, "elem" for each image.
+
+    Returns:
+      Images, in their dtype if it is a float, and targets.
+    """
+    if not config.mixup and not config.cutmix:
+        return images, targets
+    batch, height, width, _ = images.shape
+    weights, share = draw_mix(key, batch, height, width, config)
+    wide = at_least_float32(images.dtype)
+    weights = weights[..., None].astype(wide)
+    mixed = weights * images.astype(wide) + (1 - weights) * images[::-1].astype(wide)
+    mixed = jnp.round(mixed) if images.dtype == jnp.uint8 else mixed.astype(images.dtype)
+    share = share[:, None].astype(targets.dtype)
+    return mixed, share * targets + (1 - share) * targets[::-1]
+
+
+def draw_mix(key: jax.Array, batch: int, height: int, width: int, config: ConfigDict) -> tuple[jax.Array, jax.Array]:
+    """What of each pixel, `[B, H, W]`, and of each target, `[B]`, stays an image's own."""
+    draws = {"batch": 1, "pair": -(-batch // 2), "elem": batch}[config.mode]
+    on_key, which_key, mixup_key, cutmix_key, box_key = jax.random.split(key, 5)
+    cut = jax.random.bernoulli(which_key, config.switch_prob, (draws,))
+    if not (config.mixup and config.cutmix):
+        cut = jnp.full((draws,), bool(config.cutmix))
+    kept = _beta(mixup_key, config.mixup, draws)
+    boxes = draw_cut(box_key, _beta(cutmix_key, config.cutmix, draws), height, width)
+    inside = boxes.mask(height, width)
+    weights = jnp.where(cut[:, None, None], 1.0 - inside, kept[:, None, None])
+    # What a box covers after it was clipped at the border, and not what was drawn, is the partner's share.
+    share = jnp.where(cut, 1 - inside.mean(axis=(1, 2)), kept)
+    on = jax.random.bernoulli(on_key, config.prob, (draws,))
+    weights, share = jnp.where(on[:, None, None], weights, 1.0), jnp.where(on, share, 1.0)
+    rows = jnp.arange(batch)
+    row = {"batch": jnp.zeros_like(rows), "pair": jnp.minimum(rows, batch - 1 - rows), "elem": rows}[config.mode]
+    return weights[row], share[row]
+
+
+def draw_cut(key: jax.Array, kept: jax.Array, height: int, width: int) -> Boxes:
+    """CutMix's boxes: sides are `sqrt(1 - kept)` of the image's, centres uniform, clipped at the border."""
+    ratio = jnp.sqrt(1 - kept)
+    row_key, column_key = jax.random.split(key)
+
+    def side(key: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+        half = (size * ratio).astype(jnp.int32) // 2
+        centre = jax.random.randint(key, kept.shape, 0, size)
+        return jnp.clip(centre - half, 0, size), jnp.clip(centre + half, 0, size)
+
+    return Boxes(*side(row_key, height), *side(column_key, width))
+
+
+def erase(key: jax.Array, images: jax.Array, config: ConfigDict) -> jax.Array:
+    """Fills up to `count` boxes of each image with noise, in a share `prob` of the images.
+
+    Args:
+      images: `[B, H, W, C]`, normalised floats.
+      config: `prob`, `count` (their number is uniform in 1..count) and `mode`: "pixel" draws every value from N(0, 1),
+        "rand" one colour a box, "const" is 0, the mean colour.
+    """
+    if not config.prob:
+        return images
+    batch, height, width, channels = images.shape
+    on_key, count_key, box_key, fill_key = jax.random.split(key, 4)
+    on = jax.random.bernoulli(on_key, config.prob, (batch,))
+    count = jax.random.randint(count_key, (batch,), 1, config.count + 1)
+    boxes = draw_erased(box_key, count, config.count, height, width)
+    inside = boxes.mask(height, width) & (on[:, None] & (jnp.arange(config.count) < count[:, None]))[..., None, None]
+    if config.mode == "pixel":
+        fill = jax.random.normal(fill_key, images.shape, images.dtype)
+        return jnp.where(inside.any(axis=1)[..., None], fill, images)
+    for box in range(config.count):
+        colour = jnp.zeros((), images.dtype)
+        if config.mode == "rand":
+            key = jax.random.fold_in(fill_key, box)
+            colour = jax.random.normal(key, (batch, 1, 1, channels), images.dtype)
+        images = jnp.where(inside[:, box, ..., None], colour, images)
+    return images
+
+
+def draw_erased(key: jax.Array, count: jax.Array, most: int, height: int, width: int) -> Boxes:
+    """Boxes `[B, most]` of random erasing: of `TRIES` draws the first that fits; empty ones if none does.
+
+    Area uniform in `ERASED_AREA` of the image, divided among `count` boxes; height / width log-uniform.
+    """
+    area_key, aspect_key, row_key, column_key = jax.random.split(key, 4)
+    shape = (*count.shape, most, TRIES)
+    area = jax.random.uniform(area_key, shape, minval=ERASED_AREA[0], maxval=ERASED_AREA[1])
+    area = area * height * width / count[:, None, None]
+    low, high = (jnp.log(jnp.float32(aspect)) for aspect in ERASED_ASPECT)
+    aspect = jnp.exp(jax.random.uniform(aspect_key, shape, minval=low, maxval=high))
+    rows = jnp.round(jnp.sqrt(area * aspect)).astype(jnp.int32)
+    columns = jnp.round(jnp.sqrt(area / aspect)).astype(jnp.int32)
+    fits = (rows < height) & (columns < width)
+    first = jnp.argmax(fits, axis=-1)[..., None]
+    rows, columns = (jnp.take_along_axis(jnp.where(fits, side, 0), first, axis=-1)[..., 0] for side in (rows, columns))
+    top = jax.random.randint(row_key, rows.shape, 0, height - rows + 1)
+    left = jax.random.randint(column_key, rows.shape, 0, width - columns + 1)
+    return Boxes(top, top + rows, left, left + columns)
+
+
+def _beta(key: jax.Array, alpha: float, draws: int) -> jax.Array:
+    """Beta(alpha, alpha); ones where alpha is 0."""
+    if alpha == 0:
+        return jnp.ones((draws,))
+    if alpha == 1:
+        return jax.random.uniform(key, (draws,))
+    # As jax.random.beta, whose two loops take twice as long to compile.
+    logs = jax.random.loggamma(key, alpha, (2, draws))
+    return jax.nn.sigmoid(logs[0] - logs[1])
