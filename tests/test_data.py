@@ -17,8 +17,8 @@ import pytest
 import sklearn.datasets
 import tensorflow_datasets as tfds
 from PIL import Image
-from streams import assert_same, make_config, memory, side_by_side, take
 
+from streams import assert_same, make_config, memory, side_by_side, take
 from vitpyramid.data import augment, make_eval, make_train, open_source
 from vitpyramid.data.digits import Digits
 

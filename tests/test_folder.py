@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
-from streams import assert_same, encoded, make_config, noise, take
 
+from streams import assert_same, encoded, make_config, noise, take
 from vitpyramid.data import make_eval, make_train, open_source, progress
 from vitpyramid.data.splits import split_ranges
 

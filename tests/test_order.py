@@ -8,8 +8,8 @@ from collections import Counter
 import grain
 import numpy as np
 import pytest
-from streams import Memory, assert_same, make_config, memory, side_by_side, take
 
+from streams import Memory, assert_same, make_config, memory, side_by_side, take
 from vitpyramid.data import make_eval, make_train, open_source, pipeline
 
 

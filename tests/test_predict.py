@@ -21,7 +21,12 @@ NAME = "pvt_micro"
 VARIANT = get_variant(NAME)
 APPLY = jax.jit(lambda model, variables, images: model.apply(variables, images), static_argnums=0)
 PHOTO = Image.fromarray(skimage.data.chelsea()).resize((96, 64))
-BROKEN = {"cut.jpg": "not a readable image", "empty.png": "(0 bytes)", "text.jpg": "(5 bytes)", "loop.png": "symbolic links"}
+BROKEN = {
+    "cut.jpg": "not a readable image",
+    "empty.png": "(0 bytes)",
+    "text.jpg": "(5 bytes)",
+    "loop.png": "symbolic links",
+}
 
 
 @pytest.fixture(scope="module")

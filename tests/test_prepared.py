@@ -15,9 +15,9 @@ import pytest
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
-from streams import assert_same, make_config, noise, take
 from tensorboardX.record_writer import RecordWriter
 
+from streams import assert_same, make_config, noise, take
 from vitpyramid.data import make_train, open_source, tfrecord
 from vitpyramid.data.digits import Digits
 

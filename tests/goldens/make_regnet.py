@@ -46,10 +46,7 @@ def main() -> None:
     config = RegNetCfg(depth=6, w0=32, wa=36.0, wm=2.0, group_size=16, se_ratio=0.25, stem_width=16)
     small = RegNet(config, num_classes=10)
     found["small/config"] = np.array(
-        [
-            [block.conv3.conv.out_channels for block in stage.children()][0]
-            for stage in (small.s1, small.s2, small.s3, small.s4)
-        ]
+        [next(stage.children()).conv3.conv.out_channels for stage in (small.s1, small.s2, small.s3, small.s4)]
     )
     found["small/depths"] = np.array(
         [len(list(stage.children())) for stage in (small.s1, small.s2, small.s3, small.s4)]
