@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     model.num_classes = 1000  # of the data set; 0: as many as it has
     model.drop_rate = 0.0  # dropout
     model.drop_path_rate = 0.1  # stochastic depth
-    model.dtype = "bfloat16"  # of activations and matrix products: "bfloat16" or "float32"
+    model.dtype = "bfloat16"  # of activations and matrix products, or "float32"; its range needs no loss scaling
     model.remat = False  # recompute blocks in the backward pass: less memory, more time
     model.scan = False  # with model.remat: compile one block a stage and loop over it; needs less memory
 

@@ -5,14 +5,14 @@
     python main.py --config=configs/quickstart.py
     python main.py --config=configs/quickstart.py:rest
 
-After the colon a family: pvt (the default), pit, t2t_vit, rest or deit, each with its own recipe scaled down.
+After the colon a family: pvt (the default), pit, t2t_vit or rest, each with its own recipe scaled down.
 """
 
 from ml_collections import ConfigDict
 
 from configs import base
 
-FAMILIES = ("pvt", "pit", "t2t_vit", "rest", "deit")
+FAMILIES = ("pvt", "pit", "t2t_vit", "rest")
 
 
 def get_config(family: str = "pvt") -> ConfigDict:

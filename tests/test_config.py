@@ -14,7 +14,7 @@ from vitpyramid.train.program import abstract_batch, build
 
 SHIPPED = [
     ("base", ()),
-    *(("quickstart", (family,)) for family in ("pvt", "pit", "t2t_vit", "rest", "deit")),
+    *(("quickstart", (family,)) for family in ("pvt", "pit", "t2t_vit", "rest")),
     *(("pvt", (text,)) for text in ("tiny", "medium", "large,finetune=384")),
     *(("pit", (text,)) for text in ("ti,setting=vanilla", "s,setting=distill", "b,setting=cutmix")),
     *(("t2t_vit", (text,)) for text in ("7", "t_14,probe=224", "14,transfer=320", "19,transfer=224,data=cifar100")),

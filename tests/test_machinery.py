@@ -216,8 +216,10 @@ def pretrained(tmp_path_factory):
 @pytest.mark.parametrize("scan", [False, True])
 def test_a_run_starts_from_weights_with_its_own_head_and_size(pretrained, scan):
     folder, variables = pretrained
-    config = quickstart.get_config("deit")
-    config.update_from_flattened_dict({"model.remat": scan, "model.scan": scan, "ema.decay": 0.9})
+    config = quickstart.get_config()
+    config.update_from_flattened_dict(
+        {"model.name": "deit_micro", "model.remat": scan, "model.scan": scan, "ema.decay": 0.9}
+    )
     mesh = make_mesh(1)
     with jax.set_mesh(mesh):
         program = build(config, 640, mesh)

@@ -62,6 +62,12 @@ def train(config: ConfigDict, workdir: Path, allow_config_change: bool = False) 
             checkpoint.check_continues(checkpoints, start, config, len(train_source))
         if start > total:
             raise ConfigError(f"epochs = {config.epochs}: expected {start} steps or more, {workdir} has taken those")
+        try:
+            train_batches = data.make_train(config, train_source, start, *hosts)
+            eval_batches = data.make_eval(config, eval_source, *hosts)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        train_batches = to_devices(train_batches, batch_sharding(mesh))
         write_atomically(workdir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
         _describe(config, program, mesh, len(train_source), len(eval_source), start)
         weights = _load_weights(config, "init") if config.init and not start else None
@@ -80,9 +86,6 @@ def train(config: ConfigDict, workdir: Path, allow_config_change: bool = False) 
         )
         compile_seconds = time.perf_counter() - compiling
 
-        train_batches = data.make_train(config, train_source, start, *hosts)
-        train_batches = to_devices(train_batches, batch_sharding(mesh))
-        eval_batches = data.make_eval(config, eval_source, *hosts)
         eval_every = program.horizon.steps(config.eval.every_epochs)
         save_every = program.horizon.steps(config.checkpoint.every_epochs)
         writer = MetricWriter(workdir, start)
