@@ -25,7 +25,6 @@ GOLDENS = [
     ("pit_ti_224x224", "float64"),
     ("pit_ti_224x224_small", "float64"),
     ("pit_ti_distilled_224x224", "float64"),
-    ("pit_ti_distilled_224x224", "float32"),
 ]
 SIZES = [(224, 224), (192, 256), (225, 225), (200, 232), (256, 832), (384, 384), (448, 448), (100, 167), (16, 16)]
 

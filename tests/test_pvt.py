@@ -18,7 +18,7 @@ from vitpyramid.models.registry import create_model, get_variant
 VARIANTS = {"pvt_tiny": 13_229_288, "pvt_small": 24_485_864, "pvt_medium": 44_208_104, "pvt_large": 61_369_320}
 GOLDENS = [
     *((f"pvt_{case}", "float64") for case in ("tiny_224x224", "tiny_224x224_small", "tiny_200x232", "small_192x256")),
-    *((f"pvt_{case}", "float32") for case in ("tiny_224x224", "small_192x256")),
+    ("pvt_tiny_224x224", "float32"),
 ]
 
 # Compiling is most of these tests' time.

@@ -235,15 +235,17 @@ def run(args: argparse.Namespace) -> int:
     size = height_width(args.size or model.image_size)
     facts = f"{model.num_classes} classes, images of {size[0]} x {size[1]}, crop {variant.crop:g}"
     print(f"{name}, {facts}, {variant.interpolation}", file=sys.stderr)
-    write = as_json if args.json else describe
+    text = as_json if args.json else describe
     skipped = 0
     with tqdm(total=len(paths), unit=" images", disable=len(paths) == 1) as bar:
+        # bar.write() draws the bar anew each time, which only a terminal that shows both needs.
+        show = functools.partial(bar.write, file=sys.stdout) if sys.stdout.isatty() else print
         for prediction in predict(model, variables, variant, paths, size, args.top, args.batch):
             if prediction.error:
                 skipped += 1
                 bar.write(f"skipped {prediction.path}: {prediction.error}", file=sys.stderr)
             else:
-                bar.write(write(prediction, names), file=sys.stdout)
+                show(text(prediction, names))
             bar.update()
     if skipped == len(paths):
         return 1

@@ -20,7 +20,6 @@ def open_checkpoints(workdir: Path, keep: int = 1, read_only: bool = False) -> o
     options = ocp.CheckpointManagerOptions(
         preservation_policy=ocp.checkpoint_managers.LatestN(keep),
         create=not read_only,
-        read_only=read_only,
         cleanup_tmp_directories=not read_only,
     )
     # Orbax splits every copied array among the devices that hold it, which compiles one program per shape; below this

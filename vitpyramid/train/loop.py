@@ -121,8 +121,8 @@ def evaluate_checkpoint(config: ConfigDict, workdir: Path) -> tuple[int, dict[st
         step = checkpoints.latest_step()
         if step is None:
             raise ConfigError(f"--workdir={workdir}: expected a folder with a complete checkpoint in checkpoints/")
+        eval_source = _open_source(config, config.data.eval_split)  # which may say the number of classes
         has_average = checkpoint.check_evaluates(checkpoints, step, config)
-        eval_source = _open_source(config, config.data.eval_split)
         program = build(config, len(eval_source), mesh)  # evaluation does not ask how long training was
         eval_step = compile_eval_step(config, program, mesh)
         state = program.state
