@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from vitpyramid import list_models
 from vitpyramid.convert import names
@@ -133,6 +134,41 @@ def test_hugging_face_names_of_pvt():
     for key, array in contents.state_dict.items():
         np.testing.assert_array_equal(array, pvt()[key])
     assert contents.origin["block1.0.attn.kv.bias"].count(" + ") == 1
+
+
+def mmdetection_name(key: str) -> str:
+    """MMDetection's name of an official PVT key."""
+    match = re.match(r"(pos_embed|patch_embed|block)(\d)(?:\.(\d+))?\.?(.*)", key)
+    stage, block = int(match[2]) - 1, int(match[3] or 0) + 1
+    rest = match[4].replace("attn.proj.", "attn.attn.out_proj.")
+    rest = rest.replace("mlp.fc1.", "ffn.layers.0.").replace("mlp.fc2.", "ffn.layers.3.")
+    if match[1] == "patch_embed":
+        return f"layers.{stage}.0.{match[4].replace('proj.', 'projection.')}"
+    return f"layers.{stage}.1.0.pos_embed" if match[1] == "pos_embed" else f"layers.{stage}.1.{block}.{rest}"
+
+
+def test_mmdetection_names_of_pvt():
+    theirs = {}
+    for key, array in pvt().items():
+        if key.startswith(("head.", "norm.", "cls_token")) or ".attn.kv." in key:
+            continue
+        name = mmdetection_name(key)
+        if ".attn.q." in key:
+            array = np.concatenate([array, pvt()[key.replace(".q.", ".kv.")]])
+            name = name.replace("attn.q.", "attn.attn.in_proj_")
+        if ".mlp.fc" in key and key.endswith("weight"):
+            array = array[:, :, None, None]
+        theirs[f"backbone.{name}"] = array[:, 1:] if key == "pos_embed4" else array
+    assert "backbone.layers.2.1.1.attn.attn.in_proj_bias" in theirs
+    contents = open_contents({"state_dict": theirs, "meta": {}})
+    assert contents.names == "MMDetection"
+    params = import_weights(contents, allow=("missing",)).variables["params"]
+    expected = import_weights(open_contents(pvt())).variables["params"]
+    for stage in range(1, 5):
+        for part in (f"block{stage}_0", f"patch_embed{stage}"):
+            for path, array in traverse_util.flatten_dict(expected[part]).items():
+                np.testing.assert_array_equal(traverse_util.flatten_dict(params[part])[path], array)
+    np.testing.assert_array_equal(params["pos_embed4"][:, 1:], expected["pos_embed4"][:, 1:])
 
 
 @pytest.mark.parametrize("prefix", ["backbone.", "backbone.bottom_up."])

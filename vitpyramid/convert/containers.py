@@ -9,6 +9,7 @@ Files hold state dicts inside training states, inside detectors, and in the name
     PVT, ResT detectors                         state_dict or model; keys begin with `backbone.`
     timm's PiT                                  pooling inside the stages, before (>= 0.9) or behind (<= 0.8) the blocks
     HuggingFace PVT                             `pvt.encoder...`, keys and values apart
+    MMDetection PVT                             `layers...`, queries, keys and values together
 """
 
 import re
@@ -45,6 +46,13 @@ HF_BLOCK = (
     ("mlp.dense1.", "mlp.fc1."),
     ("mlp.dense2.", "mlp.fc2."),
 )
+MMDET_BLOCK = (
+    ("attn.attn.in_proj_weight", "attn.qkv.weight"),
+    ("attn.attn.in_proj_bias", "attn.qkv.bias"),
+    ("attn.attn.out_proj.", "attn.proj."),
+    ("ffn.layers.0.", "mlp.fc1."),
+    ("ffn.layers.3.", "mlp.fc2."),
+)
 
 
 class Contents(NamedTuple):
@@ -54,7 +62,7 @@ class Contents(NamedTuple):
       state_dict: arrays by the papers' names.
       origin: the file's key by the papers' name (two joined by " + " where two arrays became one).
       container: where the state dict lay, e.g. "state_dict_ema", "the file itself".
-      names: "official", "timm >= 0.9", "timm <= 0.8", "HuggingFace" or "detector".
+      names: "official", "detector", "timm >= 0.9", "timm <= 0.8", "HuggingFace" or "MMDetection".
       ignored: keys of the file that are no parameters of a backbone.
     """
 
@@ -92,6 +100,9 @@ def open_contents(content: Any, weights: str = "auto") -> Contents:
     if any(key.startswith("pvt.encoder.") for key in origin):
         state_dict, origin = _from_hugging_face(state_dict, origin)
         names = "HuggingFace"
+    elif "layers.0.0.projection.weight" in origin:
+        state_dict, origin = _from_mmdetection(state_dict, origin)
+        names = "MMDetection"
     elif any(re.match(r"transformers\.\d+\.pool\.", key) for key in origin):
         shift = 0 if any(key.startswith("transformers.0.pool.") for key in origin) else 1
         renamed = {key: _timm_pool(key, shift) for key in origin}
@@ -159,3 +170,35 @@ def _hugging_face_name(key: str) -> str:
             if match[3].startswith(prefix):
                 return f"block{int(match[1]) + 1}.{match[2]}.{name}{match[3].removeprefix(prefix)}"
     return re.sub(r"^pvt\.encoder\.layer_norm\.", "norm.", re.sub(r"^classifier\.", "head.", key))
+
+
+def _from_mmdetection(state_dict: StateDict, origin: dict[str, str]) -> tuple[StateDict, dict[str, str]]:
+    arrays, origins = {}, {}
+    for key, array in state_dict.items():
+        name = _mmdetection_name(key)
+        if ".attn.qkv." in name and array.shape[0] % 3 == 0:
+            # Rows of queries, keys, values.
+            width = len(array) // 3
+            parts = {name.replace(".qkv.", ".q."): array[:width], name.replace(".qkv.", ".kv."): array[width:]}
+        elif ".mlp." in name and array.ndim == 4:  # a convolution of 1 x 1
+            parts = {name: array[:, :, 0, 0]}
+        else:
+            parts = {name: array}
+        arrays |= parts
+        origins |= dict.fromkeys(parts, origin[key])
+    return arrays, origins
+
+
+def _mmdetection_name(key: str) -> str:
+    match = re.match(r"layers\.(\d)\.(?:0\.(projection|norm)|1\.0\.(pos_embed)$|1\.(\d+))\.?(.*)", key)
+    if not match:
+        return key
+    stage, patch, table, block, rest = int(match[1]) + 1, *match.groups()[1:]
+    if patch:
+        return f"patch_embed{stage}.{patch.replace('projection', 'proj')}.{rest}"
+    if table:
+        return f"pos_embed{stage}"
+    for prefix, name in MMDET_BLOCK:
+        if rest.startswith(prefix):
+            rest = name + rest.removeprefix(prefix)
+    return f"block{stage}.{int(block) - 1}.{rest}"

@@ -67,7 +67,7 @@ def import_weights(
       ValueError: unknown or unrecognised model, or problems that are not allowed (the message lists the keys).
     """
     state_dict = dict(contents.state_dict)
-    filled = contents.names == "detector" and _add_class_row(state_dict)
+    filled = "cls_token" not in state_dict and _add_class_row(state_dict)
     shapes = {key: array.shape for key, array in state_dict.items()}
     name = name or recognise(shapes)
     in_file = {names.torch_name(path): (path, shape) for path, shape in names.native_shapes(name, shapes).items()}
