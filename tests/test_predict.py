@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import struct
 
 import jax
 import numpy as np
@@ -34,7 +35,7 @@ def network():
     model = create_model(NAME)
     variables = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
     kernel = jax.random.normal(jax.random.key(1), variables["params"]["head"]["kernel"].shape)
-    variables["params"]["head"]["kernel"] = kernel  # as initialised, all classes are nearly as probable
+    variables["params"]["head"]["kernel"] = kernel / 16  # as initialised, all classes are nearly as probable
     return model, jax.tree.map(np.asarray, variables)
 
 
@@ -47,16 +48,17 @@ def weights(network, tmp_path_factory):
 
 @pytest.fixture
 def photos(tmp_path):
-    """A folder of five images, one of them two folders deeper."""
+    """A folder of five images in four folders, in an order of creation that is sorted neither way."""
     folder = tmp_path / "photos"
-    (folder / "b" / "deep").mkdir(parents=True)
-    for i, name in enumerate(["a.png", "b/c.JPG", "b/deep/d.png", "b/e.webp", "f.bmp"]):
+    for name in ("c", "b/deep", "d"):
+        (folder / name).mkdir(parents=True)
+    for i, name in enumerate(["b/deep/e.png", "c/f.JPG", "d/h.webp", "a.png", "d/g.bmp"]):
         PHOTO.rotate(40 * i).save(folder / name)
     return folder
 
 
 def files_in(folder):
-    return [folder / name for name in ["a.png", "f.bmp", "b/c.JPG", "b/e.webp", "b/deep/d.png"]]
+    return [folder / name for name in ["a.png", "b/deep/e.png", "c/f.JPG", "d/g.bmp", "d/h.webp"]]
 
 
 def break_some(folder):
@@ -134,6 +136,13 @@ def test_damaged_exif_is_ignored(exif, tmp_path):
     np.testing.assert_array_equal(seen(data, tmp_path / "a.jpg"), expected_of(Image.open(io.BytesIO(data))))
 
 
+def test_photos_with_an_exif_tag_of_a_wrong_type_are_turned(tmp_path):
+    entries = struct.pack("<HHII", 0x0103, 4, 1, 70000) + struct.pack("<HHII", 0x0112, 3, 1, 6)  # Compression: 16 bits
+    data = encoded(PHOTO, "png", exif=b"Exif\0\0II*\0\x08\0\0\0\x02\0" + entries + bytes(4))
+    upright = PHOTO.transpose(Image.Transpose.ROTATE_270)
+    np.testing.assert_array_equal(seen(data, tmp_path / "a.png"), expected_of(upright))
+
+
 def test_kinds_of_pixels(tmp_path):
     grey = PHOTO.convert("L")
     wide = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
@@ -178,7 +187,9 @@ def command(capsys, *args) -> tuple[int, str, str]:
     return code, printed.out, printed.err
 
 
-def test_command_on_a_folder(network, weights, photos, capsys):
+def test_command_on_a_folder(network, weights, photos, monkeypatch, capsys):
+    shapes, compiled = [], module._probabilities
+    monkeypatch.setattr(module, "_probabilities", lambda *args: [shapes.append(args[3].shape), compiled(*args)][1])
     (photos / "notes.txt").write_text("no image")
     (photos / ".hidden.png").write_bytes(b"")
     (photos / ".thumbnails").mkdir()
@@ -196,6 +207,7 @@ def test_command_on_a_folder(network, weights, photos, capsys):
         )
     assert "pvt_micro, 10 classes, images of 32 x 32, crop 0.875, bicubic" in err
     assert "5/5" in err  # the bar
+    assert shapes == [(4, 32, 32, 3)] * 2
 
 
 def test_command_prints_text(network, weights, photos, tmp_path, capsys):
@@ -205,10 +217,8 @@ def test_command_prints_text(network, weights, photos, tmp_path, capsys):
     code, out, _ = command(capsys, *args)
     assert code == 0
     expected = plain(network, path)
-    first, *lines = out.splitlines()
-    assert first == str(path)
-    assert [line.split("  ")[-1] for line in lines] == [f"Möwe {k}" for k in np.argsort(-expected)[:5]]
-    assert lines[0].split() == [f"{expected.max():.2%}", "Möwe", str(expected.argmax())]
+    lines = [f"{expected[k]:8.2%}  Möwe {k}" for k in np.argsort(-expected)[:5]]
+    assert out.splitlines() == [str(path), *lines]
 
 
 def test_command_skips_what_is_broken(weights, photos, tmp_path, capsys):

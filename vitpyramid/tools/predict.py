@@ -120,7 +120,7 @@ def read_image(path: Path, size: tuple[int, int], variant: Variant) -> np.ndarra
     try:
         data = path.read_bytes()
         image = decode(data)
-        image.info.clear()  # of EXIF data, which some formats' decoders leave and others do not
+        image.info.clear()  # exif_transpose() would encode all EXIF data anew, and fails if some have a wrong type
         image.getexif()[ExifTags.Base.Orientation] = _orientation(data)
     except OSError as error:
         return error.strerror or str(error)
