@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import struct
 
@@ -48,9 +49,9 @@ def weights(network, tmp_path_factory):
 
 @pytest.fixture
 def photos(tmp_path):
-    """A folder of five images in four folders, in an order of creation that is sorted neither way."""
+    """A folder of five images, four of them in other folders."""
     folder = tmp_path / "photos"
-    for name in ("c", "b/deep", "d"):
+    for name in ("b/deep", "c", "d"):
         (folder / name).mkdir(parents=True)
     for i, name in enumerate(["b/deep/e.png", "c/f.JPG", "d/h.webp", "a.png", "d/g.bmp"]):
         PHOTO.rotate(40 * i).save(folder / name)
@@ -187,7 +188,15 @@ def command(capsys, *args) -> tuple[int, str, str]:
     return code, printed.out, printed.err
 
 
+def walk_backwards(top, onerror, walk=os.walk):
+    """File systems list in any order; this one is surely not sorted."""
+    for folder, folders, files in walk(top, onerror=onerror):
+        folders.sort(reverse=True)
+        yield folder, folders, sorted(files, reverse=True)
+
+
 def test_command_on_a_folder(network, weights, photos, monkeypatch, capsys):
+    monkeypatch.setattr(os, "walk", walk_backwards)
     shapes, compiled = [], module._probabilities
     monkeypatch.setattr(module, "_probabilities", lambda *args: [shapes.append(args[3].shape), compiled(*args)][1])
     (photos / "notes.txt").write_text("no image")

@@ -19,10 +19,9 @@ import numpy as np
 
 import vitpyramid
 from vitpyramid.convert.containers import open_contents
-from vitpyramid.convert.fetch import fetch
+from vitpyramid.convert.fetch import fetch, sha256
 from vitpyramid.convert.importer import PROBLEMS, import_weights
 from vitpyramid.convert.names import LISTED, flax_to_torch
-from vitpyramid.convert.pretrained import sha256
 from vitpyramid.convert.reader import read_torch_file
 from vitpyramid.convert.store import CONVERTED, has_weights, read_weights, write_weights
 from vitpyramid.models.registry import get_variant

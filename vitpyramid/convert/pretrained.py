@@ -1,6 +1,5 @@
 """Weights from wherever they are, as a model and its variables."""
 
-import hashlib
 from pathlib import Path
 
 import flax.linen as nn
@@ -62,9 +61,3 @@ def _open_folder(path: Path, weights: str) -> tuple[Contents, str]:
     stored = read_weights(path, weights)
     name = stored.network["name"]
     return open_contents(flax_to_torch(name, stored.variables)), name
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
