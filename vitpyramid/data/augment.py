@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vitpyramid.data import image_ops, jpeg, policies
 
@@ -135,6 +135,8 @@ def _decode_by_pillow(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
+    except UnidentifiedImageError as error:  # whose own message names an object in memory
+        raise ValueError(f"not a readable image ({len(data)} bytes): of no known format") from error
     # Broad: on damaged files Pillow raises OSError, SyntaxError, struct.error, DecompressionBombError and others.
     except Exception as error:
         raise ValueError(f"not a readable image ({len(data)} bytes): {error}") from error
