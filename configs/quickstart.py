@@ -20,7 +20,7 @@ def get_config(family: str = "pvt") -> ConfigDict:
         raise ValueError(f"configs/quickstart.py:{family}: expected one of {', '.join(FAMILIES)}")
     config = base.get_config()
     config.batch_size = 64
-    config.epochs = 40.0
+    config.epochs = 60.0 if family in ("pit", "t2t_vit") else 40.0
 
     config.model.name = f"{family}_micro"
     config.model.num_classes = 10
