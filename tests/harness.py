@@ -9,7 +9,7 @@ import optax
 
 import golden
 from vitpyramid import create_model
-from vitpyramid.convert import flax_to_torch, torch_to_flax
+from vitpyramid.convert import flax_to_torch, names, torch_to_flax
 
 
 @functools.cache
@@ -60,6 +60,13 @@ def assert_within(errors: dict, precision: str, family: str = ""):
         key: error for key, error in errors.items() if not error < tolerances.get(key.split()[0], tolerances["forward"])
     }
     assert not too_large
+
+
+def random_state_dict(name: str, num_classes: int = 10, image_size: int = 32) -> dict[str, np.ndarray]:
+    """Normal numbers, float32, under the PyTorch names of a model, in PyTorch's layout."""
+    rng = np.random.default_rng(0)
+    shapes = names.in_torch(names.model_shapes(name, num_classes, image_size))
+    return {key: rng.standard_normal(shape).astype(np.float32) for key, shape in shapes.items()}
 
 
 def cubic_matrix(size: int, new_size: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import vitpyramid
 from configs import quickstart
+from harness import random_state_dict
 from vitpyramid.convert import __main__ as command
 from vitpyramid.convert import names
 from vitpyramid.train import checkpoint, loop
@@ -19,15 +20,6 @@ from vitpyramid.train.config import ConfigError
 from vitpyramid.train.mesh import make_mesh
 from vitpyramid.train.program import build
 from vitpyramid.train.state import create_state
-
-
-def random_state_dict(name: str = "pvt_micro", num_classes: int = 10, image_size: int = 32) -> dict:
-    rng = np.random.default_rng(0)
-    shapes = names.model_shapes(name, num_classes, image_size)
-    return {
-        names.torch_name(path): 0.1 * rng.standard_normal(names.torch_shape(path, shape)).astype(np.float32)
-        for path, shape in shapes.items()
-    }
 
 
 def run(monkeypatch, *arguments) -> int:
@@ -39,7 +31,7 @@ def run(monkeypatch, *arguments) -> int:
 def weights(tmp_path):
     """A file of weights as PyTorch would have written it."""
     path = tmp_path / "weights.safetensors"
-    save_file(random_state_dict(), path)
+    save_file(random_state_dict("pvt_micro"), path)
     return path
 
 
@@ -60,13 +52,13 @@ def test_there_and_back(monkeypatch, tmp_path, weights, capsys):
     report = json.loads((out / "conversion.json").read_text())
     assert report["sha256"] == digest
     assert report["network"] == {"name": "pvt_micro", "num_classes": 10, "image_size": 32}
-    assert report["keys"] == {key: key for key in random_state_dict()}
+    assert report["keys"] == {key: key for key in random_state_dict("pvt_micro")}
 
     monkeypatch.setattr(command, "find_spec", lambda name: None)  # as without PyTorch
     assert run(monkeypatch, out, "--to-torch", f"--out={back}") == 0
     again = load_file(back)
-    assert again.keys() == random_state_dict().keys()
-    for key, array in random_state_dict().items():
+    assert again.keys() == random_state_dict("pvt_micro").keys()
+    for key, array in random_state_dict("pvt_micro").items():
         np.testing.assert_array_equal(again[key], array)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back.safetensors", "out", "weights.safetensors"]
 
@@ -88,7 +80,7 @@ def test_load_pretrained_gives_the_same_from_file_and_folder(monkeypatch, tmp_pa
     assert run(monkeypatch, weights, f"--out={tmp_path / 'out'}") == 0
     model, variables = vitpyramid.load_pretrained(weights)
     assert (type(model).__name__, model.num_classes, model.image_size) == ("PVT", 10, 32)
-    assert_same(variables, names.torch_to_flax("pvt_micro", random_state_dict()))
+    assert_same(variables, names.torch_to_flax("pvt_micro", random_state_dict("pvt_micro")))
     other_model, other = vitpyramid.load_pretrained(tmp_path / "out", "pvt_micro")
     assert other_model == model
     assert_same(other, variables)

@@ -7,19 +7,11 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from harness import random_state_dict
 from vitpyramid import list_models
 from vitpyramid.convert import names
 from vitpyramid.convert.containers import open_contents
 from vitpyramid.convert.importer import import_weights, recognise
-
-
-def random_state_dict(name: str, num_classes: int = 10, image_size: int = 32) -> dict:
-    rng = np.random.default_rng(0)
-    shapes = names.model_shapes(name, num_classes, image_size)
-    return {
-        names.torch_name(path): rng.standard_normal(names.torch_shape(path, shape)).astype(np.float32)
-        for path, shape in shapes.items()
-    }
 
 
 @functools.cache
@@ -203,7 +195,7 @@ def test_every_network_is_recognised(name):
 
 def empty_state_dict(name: str) -> dict:
     """Arrays of the right shapes that take no memory, for 17 classes."""
-    shapes = {names.torch_name(p): names.torch_shape(p, s) for p, s in names.model_shapes(name, 17, 224).items()}
+    shapes = names.in_torch(names.model_shapes(name, 17, 224))
     return {key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()}
 
 

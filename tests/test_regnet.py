@@ -21,9 +21,8 @@ def reference() -> dict:
 
 
 def weights(name: str, num_classes: int) -> dict:
-    shapes = names.model_shapes(name, num_classes, 64)
-    torch_shapes = {names.torch_name(path): names.torch_shape(path, shape) for path, shape in shapes.items()}
-    return {key: golden.weight(key, shape, 0, "standard") for key, shape in torch_shapes.items()}
+    shapes = names.in_torch(names.model_shapes(name, num_classes, 64))
+    return {key: golden.weight(key, shape, 0, "standard") for key, shape in shapes.items()}
 
 
 def test_parameters_are_timms():

@@ -15,7 +15,7 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
+import jax
 
 import vitpyramid
 from vitpyramid.convert.containers import open_contents
@@ -57,7 +57,7 @@ def to_orbax(
     contents = open_contents(read_torch_file(path), weights)
     print(f"took {contents.container}, {contents.names} names")
     converted = import_weights(contents, name, num_classes, image_size, allow, seed)
-    params = sum(array.size for array in _leaves(converted.variables["params"]))
+    params = sum(array.size for array in jax.tree.leaves(converted.variables["params"]))
     print(
         f"{'recognised' if name is None else 'is'} {converted.name}, {converted.num_classes} classes, "
         f"{converted.image_size} x {converted.image_size} pixels, {params:,} parameters"
@@ -114,10 +114,6 @@ def to_torch(source: Path, out: Path, weights: str = "auto") -> None:
             torch.save({key: torch.from_numpy(array) for key, array in state_dict.items()}, part)
         part.rename(file)
         print(f"wrote {file}: {stored.network['name']}, {stored.weights} weights of step {stored.step}")
-
-
-def _leaves(tree) -> list[np.ndarray]:
-    return [leaf for value in tree.values() for leaf in (_leaves(value) if isinstance(value, dict) else [value])]
 
 
 def _allow(text: str) -> tuple[str, ...]:

@@ -70,8 +70,8 @@ def import_weights(
     filled = "cls_token" not in state_dict and _add_class_row(state_dict)
     shapes = {key: array.shape for key, array in state_dict.items()}
     name = name or recognise(shapes)
-    in_file = {names.torch_name(path): (path, shape) for path, shape in names.native_shapes(name, shapes).items()}
-    expected = {key: names.torch_shape(path, shape) for key, (path, shape) in in_file.items()}
+    native = names.native_shapes(name, shapes)
+    expected = names.in_torch(native)
     problems = names.compare(shapes, expected)
 
     model = create_model(name)
@@ -89,9 +89,10 @@ def import_weights(
     size = image_size or names.native_image_size(name, shapes) or model.image_size
     target = names.model_shapes(name, num_classes, size)
     anew = {*new_head, *problems.get("missing", ()), *problems.get("wrong shape", ())}
-    flat, resized = {}, []
-    for key, (path, _) in in_file.items():
+    flat, fresh, resized = {}, [], []
+    for path, key in zip(native, expected, strict=True):
         if key in anew:
+            fresh.append(path)
             continue
         # A copy: the file's own arrays, which may be the file mapped, can be let go of.
         array = np.array(names.from_torch(path, state_dict[key]), np.float32, order="C")
@@ -99,7 +100,7 @@ def import_weights(
             array = _resize(array, target[path], "bilinear" if name.startswith("pvt_") else "bicubic")
             resized.append(key)
         flat[path] = array
-    flat |= _initial(name, num_classes, size, [path for key, (path, _) in in_file.items() if key in anew], seed)
+    flat |= _initial(name, num_classes, size, fresh, seed)
     notes = {
         "ignored": contents.ignored,
         **problems,
@@ -121,7 +122,7 @@ def recognise(shapes: names.Shapes) -> str:
         raise ValueError(f"no model is known by these keys: {', '.join(list(shapes)[:10])} ...; --model names one")
     distance = {}
     for name in list_models(prefix):
-        expected = {names.torch_name(p): names.torch_shape(p, s) for p, s in names.native_shapes(name, shapes).items()}
+        expected = names.in_torch(names.native_shapes(name, shapes))
         distance[name] = sum(len(keys) for keys in names.compare(shapes, expected).values())
     nearest = [name for name in distance if distance[name] == min(distance.values())]
     if len(nearest) > 1:

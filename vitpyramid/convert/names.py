@@ -65,7 +65,7 @@ def torch_to_flax(name: str, state_dict: Mapping) -> dict:
     arrays = {key: np.asarray(value) for key, value in state_dict.items() if not key.endswith(f".{COUNTER}")}
     shapes = {key: array.shape for key, array in arrays.items()}
     expected = native_shapes(name, shapes)
-    _check(name, shapes, {torch_name(path): torch_shape(path, shape) for path, shape in expected.items()})
+    _check(name, shapes, in_torch(expected))
     flat = {path: np.array(from_torch(path, arrays[torch_name(path)]), order="C") for path in expected}
     return traverse_util.unflatten_dict(flat)
 
@@ -85,7 +85,7 @@ def flax_to_torch(name: str, variables: Mapping) -> dict[str, np.ndarray]:
       ValueError: unknown `name`; missing keys, unexpected keys, wrong shapes (the message lists them).
     """
     arrays = {path: np.asarray(value) for path, value in traverse_util.flatten_dict(variables).items()}
-    torch_shapes = {torch_name(path): torch_shape(path, array.shape) for path, array in arrays.items()}
+    torch_shapes = in_torch({path: array.shape for path, array in arrays.items()})
     expected = native_shapes(name, torch_shapes)
     shapes = {"/".join(path): array.shape for path, array in arrays.items()}
     _check(name, shapes, {"/".join(path): shape for path, shape in expected.items()})
@@ -107,6 +107,11 @@ def _torch_axes(path: Path, ndim: int) -> tuple[int, ...]:
 
 def torch_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(shape[axis] for axis in _torch_axes(path, len(shape)))
+
+
+def in_torch(shapes: Mapping[Path, tuple[int, ...]]) -> Shapes:
+    """Shapes by PyTorch name, in PyTorch's layout, of Flax ones by path."""
+    return {torch_name(path): torch_shape(path, shape) for path, shape in shapes.items()}
 
 
 def _to_torch(path: Path, array: np.ndarray) -> np.ndarray:

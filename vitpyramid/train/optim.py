@@ -60,8 +60,7 @@ def make_optimizer(config: ConfigDict, horizon: Horizon, params, no_weight_decay
     scales = jax.tree.map(lambda depth: optim.layer_decay**depth, layers_to_head(params))
 
     def decayed(tree):
-        mask = jax.tree.map(lambda _: True, tree) if optim.decay_vectors else decay_mask(tree, no_weight_decay)
-        return mask
+        return jax.tree.map(lambda _: True, tree) if optim.decay_vectors else decay_mask(tree, no_weight_decay)
 
     if optim.name == "adamp":
         rule = [scale_by_adamp(optim.beta1, optim.beta2, optim.eps, optim.weight_decay, decayed)]
