@@ -9,7 +9,7 @@ import optax
 
 import golden
 from vitpyramid import create_model
-from vitpyramid.convert import flax_to_torch, names, torch_to_flax
+from vitpyramid.weights import flax_to_torch, names, torch_to_flax
 
 
 @functools.cache

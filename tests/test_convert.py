@@ -10,7 +10,7 @@ import pytest
 
 import golden
 from vitpyramid import create_model
-from vitpyramid.convert import flax_to_torch, torch_to_flax
+from vitpyramid.weights import flax_to_torch, torch_to_flax
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The command `python -m vitpyramid.convert`, what takes its results, and `load_pretrained`."""
+"""The command `python -m vitpyramid.tools.convert`, what takes its results, and `load_pretrained`."""
 
 import hashlib
 import json
@@ -13,13 +13,13 @@ from safetensors.numpy import load_file, save_file
 import vitpyramid
 from configs import quickstart
 from harness import random_state_dict
-from vitpyramid.convert import __main__ as command
-from vitpyramid.convert import names
+from vitpyramid.tools import convert as command
 from vitpyramid.train import checkpoint, loop
 from vitpyramid.train.config import ConfigError
 from vitpyramid.train.mesh import make_mesh
 from vitpyramid.train.program import build
 from vitpyramid.train.state import create_state
+from vitpyramid.weights import names
 
 
 def run(monkeypatch, *arguments) -> int:

@@ -16,8 +16,8 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import pytest
 
-from vitpyramid.convert import fetch as module
-from vitpyramid.convert.fetch import fetch
+from vitpyramid.weights import fetch as module
+from vitpyramid.weights.fetch import fetch
 
 BODY = np.random.default_rng(0).bytes(1_000_000)
 OTHER = np.random.default_rng(1).bytes(900_000)

@@ -9,9 +9,9 @@ from flax import traverse_util
 
 from harness import random_state_dict
 from vitpyramid import list_models
-from vitpyramid.convert import names
-from vitpyramid.convert.containers import open_contents
-from vitpyramid.convert.importer import import_weights, recognise
+from vitpyramid.weights import names
+from vitpyramid.weights.containers import open_contents
+from vitpyramid.weights.importer import import_weights, recognise
 
 
 @functools.cache

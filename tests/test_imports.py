@@ -12,8 +12,8 @@ PACKAGE = Path(vitpyramid.__file__).parent
 ALLOWED = {
     "models": {"models"},
     "data": {"data"},
-    "train": {"train", "models", "data", "convert"},
-    "convert": {"convert", "models"},
+    "train": {"train", "models", "data", "weights"},
+    "weights": {"weights", "models"},
 }
 
 

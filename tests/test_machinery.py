@@ -10,7 +10,6 @@ from flax import traverse_util
 
 from configs import quickstart
 from vitpyramid import create_model, load_pretrained
-from vitpyramid.convert.store import write_weights
 from vitpyramid.models.registry import get_variant
 from vitpyramid.train import loop
 from vitpyramid.train.config import ConfigError
@@ -21,6 +20,7 @@ from vitpyramid.train.program import build
 from vitpyramid.train.schedule import Horizon
 from vitpyramid.train.state import TrainState, create_state, with_weights
 from vitpyramid.train.step import make_train_step
+from vitpyramid.weights.store import write_weights
 
 
 class TwoHeads(nn.Module):

@@ -13,11 +13,11 @@ import skimage.data
 from PIL import Image, ImageOps
 
 from vitpyramid import create_model, list_models
-from vitpyramid.convert.store import write_weights
 from vitpyramid.data.augment import eval_crop
 from vitpyramid.models.registry import get_variant
 from vitpyramid.tools import predict as module
 from vitpyramid.tools.predict import IMAGENET_CLASSES, class_names, main, name_of, predict, read_image
+from vitpyramid.weights.store import write_weights
 
 NAME = "pvt_micro"
 VARIANT = get_variant(NAME)

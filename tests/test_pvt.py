@@ -10,10 +10,10 @@ import pytest
 from flax import traverse_util
 
 import golden
-from vitpyramid.convert import flax_to_torch, torch_to_flax
 from vitpyramid.models.layers import DropPath, resize_positions
 from vitpyramid.models.pvt import PVT, Block
 from vitpyramid.models.registry import create_model, get_variant
+from vitpyramid.weights import flax_to_torch, torch_to_flax
 
 VARIANTS = {"pvt_tiny": 13_229_288, "pvt_small": 24_485_864, "pvt_medium": 44_208_104, "pvt_large": 61_369_320}
 GOLDENS = [

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import golden
-from vitpyramid.convert import UnsafeFileError, read_torch_file
+from vitpyramid.weights import UnsafeFileError, read_torch_file
 
 FILES = golden.FOLDER / "torch_files"
 MAGIC = 0x1950A86A20F9469CFC6C
@@ -311,7 +311,7 @@ def test_opening_a_file_takes_little_memory(tmp_path):
 
 def test_no_warning_and_no_torch():
     program = (
-        "import sys; from vitpyramid.convert import read_torch_file; "
+        "import sys; from vitpyramid.weights import read_torch_file; "
         f"read_torch_file({str(FILES / 'zip.pth')!r}); sys.exit('torch' in sys.modules)"
     )
     command = [sys.executable, "-W", "error:::vitpyramid", "-c", program]

@@ -10,8 +10,8 @@ from flax import traverse_util
 
 import golden
 from vitpyramid import create_model
-from vitpyramid.convert import flax_to_torch, names, torch_to_flax
 from vitpyramid.models.registry import get_variant
+from vitpyramid.weights import flax_to_torch, names, torch_to_flax
 
 
 @functools.cache

@@ -9,10 +9,10 @@ import pytest
 
 import golden
 import t2t_by_hand
-from vitpyramid.convert import flax_to_torch, torch_to_flax
 from vitpyramid.models.registry import create_model, get_variant
 from vitpyramid.models.t2t_module import token_grid
 from vitpyramid.models.t2t_vit import GhostBlock
+from vitpyramid.weights import flax_to_torch, torch_to_flax
 
 VARIANTS = {
     "t2t_vit_7": 4_255_694,

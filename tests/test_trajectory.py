@@ -13,9 +13,9 @@ import golden
 from configs import base
 from harness import loss_and_gradient
 from vitpyramid import create_model
-from vitpyramid.convert import flax_to_torch, torch_to_flax
 from vitpyramid.train.optim import make_optimizer
 from vitpyramid.train.schedule import Horizon
+from vitpyramid.weights import flax_to_torch, torch_to_flax
 
 STEMS = ("pvt_tiny_112x160", "pit_ti_224x224", "t2t_vit_7_224x224", "rest_lite_96x128")
 # Ten steps here come to 1e-14 of PyTorch's own float64 run, in every family. (In float32 PyTorch's losses are 3e-7 to

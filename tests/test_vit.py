@@ -12,13 +12,13 @@ from flax import traverse_util
 
 import golden
 from harness import assert_within, cubic_matrix, golden_run
-from vitpyramid.convert import flax_to_torch, torch_to_flax
 from vitpyramid.models.attention import Block
 from vitpyramid.models.layers import DropPath
 from vitpyramid.models.registry import create_model, get_variant
 from vitpyramid.models.stack import stack_blocks
 from vitpyramid.models.vit import ViT
 from vitpyramid.train.optim import decay_mask
+from vitpyramid.weights import flax_to_torch, torch_to_flax
 
 NAMES = [name for name in golden.manifest() if name.startswith("deit_")]
 GOLDENS = [

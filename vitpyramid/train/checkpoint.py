@@ -10,9 +10,9 @@ import jax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from vitpyramid.convert.store import CONVERTED, FOLDER
 from vitpyramid.train.config import ConfigError, differences
 from vitpyramid.train.state import TrainState
+from vitpyramid.weights.store import CONVERTED, FOLDER
 
 
 def open_checkpoints(workdir: Path, keep: int = 1, read_only: bool = False) -> ocp.CheckpointManager:

@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vitpyramid import data
-from vitpyramid.convert import load_pretrained
 from vitpyramid.models.registry import get_variant
 from vitpyramid.train import checkpoint
 from vitpyramid.train.config import ConfigError
@@ -28,6 +27,7 @@ from vitpyramid.train.program import (
 from vitpyramid.train.progress import Progress, Summary
 from vitpyramid.train.state import TrainState, create_state, with_weights
 from vitpyramid.train.writer import MetricWriter, format_seconds, write_atomically
+from vitpyramid.weights import load_pretrained
 
 log = logging.getLogger(__name__)
 

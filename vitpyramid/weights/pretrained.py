@@ -4,13 +4,13 @@ from pathlib import Path
 
 import flax.linen as nn
 
-from vitpyramid.convert.containers import Contents, open_contents
-from vitpyramid.convert.fetch import fetch
-from vitpyramid.convert.importer import import_weights
-from vitpyramid.convert.names import flax_to_torch
-from vitpyramid.convert.reader import read_torch_file
-from vitpyramid.convert.store import read_weights
 from vitpyramid.models.registry import create_model
+from vitpyramid.weights.containers import Contents, open_contents
+from vitpyramid.weights.fetch import fetch
+from vitpyramid.weights.importer import import_weights
+from vitpyramid.weights.names import flax_to_torch
+from vitpyramid.weights.reader import read_torch_file
+from vitpyramid.weights.store import read_weights
 
 
 def load_pretrained(
@@ -24,7 +24,7 @@ def load_pretrained(
     """A model and its weights.
 
     Args:
-      path_or_dir: a folder that `python -m vitpyramid.convert` made; a work directory of `main.py`, of which the newest
+      path_or_dir: a folder that `vitpyramid.tools.convert` made; a work directory of `main.py`, of which the newest
         checkpoint is taken; a PyTorch or safetensors file; `hf://owner/repo[/file]`; `https://...`.
       name: of the model, one of `list_models()`; None: as the folder says, or recognised by the file's keys and shapes.
       weights: "ema", "raw", or "auto": the moving average where a folder has one or a file has `state_dict_ema`.

@@ -1,7 +1,7 @@
 """Turns PyTorch weights into an Orbax checkpoint, and back.
 
-    python -m vitpyramid.convert pvt_small.pth --out=weights/pvt_small
-    python -m vitpyramid.convert weights/pvt_small --to-torch --out=pvt_small.safetensors
+    python -m vitpyramid.tools.convert pvt_small.pth --out=weights/pvt_small
+    python -m vitpyramid.tools.convert weights/pvt_small --to-torch --out=pvt_small.safetensors
 
 The first reads .pth, .pth.tar, .bin, .safetensors, hf://owner/repo and https:// sources; `main.py --mode=eval
 --workdir=weights/pvt_small`, `main.py --config.init=weights/pvt_small` and `vitpyramid.load_pretrained` take what it
@@ -18,13 +18,13 @@ from pathlib import Path
 import jax
 
 import vitpyramid
-from vitpyramid.convert.containers import open_contents
-from vitpyramid.convert.fetch import fetch, sha256
-from vitpyramid.convert.importer import PROBLEMS, import_weights
-from vitpyramid.convert.names import LISTED, flax_to_torch
-from vitpyramid.convert.reader import read_torch_file
-from vitpyramid.convert.store import CONVERTED, has_weights, read_weights, write_weights
 from vitpyramid.models.registry import get_variant
+from vitpyramid.weights.containers import open_contents
+from vitpyramid.weights.fetch import fetch, sha256
+from vitpyramid.weights.importer import PROBLEMS, import_weights
+from vitpyramid.weights.names import LISTED, flax_to_torch
+from vitpyramid.weights.reader import read_torch_file
+from vitpyramid.weights.store import CONVERTED, has_weights, read_weights, write_weights
 
 
 def to_orbax(
@@ -133,7 +133,7 @@ def _at_least(least: int):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser("python -m vitpyramid.convert", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser("python -m vitpyramid.tools.convert", description=__doc__.split("\n\n")[0])
     parser.add_argument("input", help="file, hf://owner/repo[/file] or https://...; with --to-torch a folder")
     parser.add_argument("--out", type=Path, required=True, help="new folder; with --to-torch a .safetensors file")
     parser.add_argument("--model", help="name of the network; recognised by keys and shapes if left out")

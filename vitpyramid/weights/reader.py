@@ -15,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from vitpyramid.convert.pickles import DTYPES, Storage, Tensor, UnsafeFileError, unpickle
+from vitpyramid.weights.pickles import DTYPES, Storage, Tensor, UnsafeFileError, unpickle
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LARGEST_EXPANSION = 64  # times the file's size that one tensor may take: strides of 0 can claim anything

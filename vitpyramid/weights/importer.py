@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from vitpyramid.convert import names
-from vitpyramid.convert.containers import Contents
 from vitpyramid.models.layers import resize_positions
 from vitpyramid.models.registry import create_model, list_models
+from vitpyramid.weights import names
+from vitpyramid.weights.containers import Contents
 
 # A key that only this family has, and the first part of the family's model names.
 SIGNATURES = {
