@@ -11,7 +11,7 @@ PACKAGE = Path(vitpyramid.__file__).parent
 # Who may import whom inside the package.
 ALLOWED = {
     "models": {"models"},
-    "data": {"data"},
+    "data": {"data", "files", "progress"},
     "train": {"train", "models", "data", "weights"},
     "weights": {"weights", "models"},
 }
