@@ -46,7 +46,7 @@ def depths(name: str) -> dict:
     model = get_variant(name).model
     images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
-    return traverse_util.flatten_dict(layers_to_head(params), sep="/")
+    return traverse_util.flatten_dict(layers_to_head(params, model), sep="/")
 
 
 def test_layers_to_head():
@@ -58,6 +58,7 @@ def test_layers_to_head():
         "block4_0/norm1/bias": 2,
         "patch_embed4/proj/kernel": 3,
         "pos_embed4": 3,
+        "cls_token": 3,
         "block3_1/mlp/fc1/kernel": 3,
         "block1_0/attn/q/kernel": 8,
         "patch_embed1/proj/kernel": 9,
@@ -70,6 +71,14 @@ def test_layers_to_head():
     assert (t2t["blocks_6/mlp/fc1/bias"], t2t["tokens_to_token/project/kernel"], t2t["cls_token"]) == (1, 8, 8)
     rest = depths("rest_lite")
     assert (rest["stage4_1/norm1/scale"], rest["patch_embedding_4/conv/kernel"], rest["stem/conv1/kernel"]) == (1, 3, 9)
+    regnety = depths("regnety_160")  # 2, 4, 11, 1 blocks
+    found = [regnety[f"{path}/conv/kernel"] for path in ("s4/b1/conv1", "s3/b11/conv3", "s1/b1/downsample", "stem")]
+    assert found == [1, 2, 18, 19]
+
+
+def test_a_parameter_of_no_layer_is_named():
+    with pytest.raises(ValueError, match="body/kernel: expected in the stages of TwoHeads"):
+        layers_to_head({"head": {"kernel": 0}, "body": {"kernel": 0}}, TwoHeads())
 
 
 def test_layer_decay_multiplies_the_step():

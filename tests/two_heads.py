@@ -8,6 +8,7 @@ import numpy as np
 from flax import linen as nn
 
 from configs import quickstart
+from vitpyramid.models.backbone import Stage
 from vitpyramid.tasks import make_task
 from vitpyramid.tasks.metrics import compute
 from vitpyramid.train.optim import make_optimizer
@@ -21,6 +22,8 @@ class TwoHeads(nn.Module):
 
     dtype = jnp.float32
     no_weight_decay = ()
+    stages = (Stage(("cls_token",), ("blocks_0",)),)
+    after = ("head",)
 
     @nn.compact
     def __call__(self, images, train=False):

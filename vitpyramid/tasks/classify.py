@@ -125,7 +125,7 @@ def make_task(config: ConfigDict) -> Task:
         words=words,
         best="top1",
         constants=lambda: teacher()[1],
-        initial=lambda: _load_initial(config),
+        initial=lambda: _load_initial(config, model),
     )
 
 
@@ -252,7 +252,7 @@ def _load_teacher(config: ConfigDict) -> tuple[nn.Module, dict]:
     return teacher.clone(dtype=jnp.dtype(config.model.dtype)), variables
 
 
-def _load_initial(config: ConfigDict) -> dict | None:
+def _load_initial(config: ConfigDict, model: nn.Module) -> dict | None:
     """The weights of `config.init`, with the config's head and size; None without one."""
     if not config.init:
         return None
@@ -266,7 +266,7 @@ def _load_initial(config: ConfigDict) -> dict | None:
             seed=config.seed,
         )
     if config.model.scan:
-        variables = {**variables, "params": stack_blocks(variables["params"])}
+        variables = {**variables, "params": stack_blocks(variables["params"], model.stages)}
     return variables
 
 

@@ -49,7 +49,7 @@ def build(task: Task, mesh: Mesh) -> Program:
     horizon = Horizon.of(config, task.num_examples())
     variables = abstract_variables(task, mesh)
     try:
-        optimizer = make_optimizer(config, horizon, variables["params"], model.no_weight_decay)
+        optimizer = make_optimizer(config, horizon, variables["params"], model)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     start = functools.partial(initial_state, tx=optimizer.tx, average=config.ema.decay > 0)

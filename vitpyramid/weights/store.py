@@ -146,5 +146,5 @@ def read_weights(folder: Path, weights: str = "auto") -> Stored:
     network = dict(meta["network"])
     if network.pop("scan"):
         stages = create_model(**network).stages
-        variables = {**variables, "params": unstack_blocks(variables["params"])}
+        variables = {**variables, "params": unstack_blocks(variables["params"], stages)}
     return Stored(network, variables, "ema" if average else "raw", step)
