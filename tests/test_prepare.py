@@ -30,7 +30,7 @@ def batch_of(size=6, dtype=np.float32):
     [("batch", 0.8, 1.0), ("pair", 0.8, 0.0), ("elem", 0.0, 1.0), ("elem", 0.8, 1.0), ("batch", 0.0, 0.7)],
 )
 def test_images_and_targets_are_mixed_alike(mode, mixup, cutmix, size=7):
-    config = config_of(**{"prepare.mixup": mixup, "mix.cutmix": cutmix, "mix.mode": mode}).mix
+    config = config_of(**{"mix.mixup": mixup, "mix.cutmix": cutmix, "mix.mode": mode}).mix
     images, targets = batch_of(size)
     draw = jax.jit(lambda key: prepare.draw_mix(key, size, 12, 10, config))
     mix_all = jax.jit(lambda key: prepare.mix(key, images, targets, config))
@@ -54,7 +54,7 @@ def test_images_and_targets_are_mixed_alike(mode, mixup, cutmix, size=7):
 
 
 def test_pixels_are_rounded_when_they_are_not_normalised_yet():
-    config = config_of(**{"prepare.mixup": 0.8}).mix
+    config = config_of(**{"mix.mixup": 0.8}).mix
     images, targets = batch_of(dtype=np.uint8)
     mixed, _ = prepare.mix(jax.random.key(0), images, targets, config)
     weights, _ = prepare.draw_mix(jax.random.key(0), 6, 12, 10, config)
@@ -68,7 +68,7 @@ def test_off_is_off():
     assert same is images
     assert same_targets is targets
     assert prepare.erase(jax.random.key(0), images, config_of().erase) is images
-    never = config_of(**{"prepare.mixup": 0.8, "mix.cutmix": 1.0, "mix.prob": 0.0}).mix
+    never = config_of(**{"mix.mixup": 0.8, "mix.cutmix": 1.0, "mix.prob": 0.0}).mix
     np.testing.assert_array_equal(prepare.mix(jax.random.key(0), images, targets, never)[0], images)
 
 
@@ -81,15 +81,15 @@ def draws(count, **changes):
 
 def test_distribution_of_mixup_and_of_the_switch():
     n = 20_000
-    _, share = draws(n, **{"prepare.mixup": 0.8})
+    _, share = draws(n, **{"mix.mixup": 0.8})
     # Beta(a, a): mean 1/2, variance 1 / (4 (2a + 1)); 5 standard errors
     variance = 1 / (4 * 2.6)
     assert abs(share.mean() - 0.5) < 5 * np.sqrt(variance / n)
     assert abs(share.var() - variance) < 5 * variance * np.sqrt(2 / n)
-    weights, _ = draws(4000, **{"prepare.mixup": 0.8, "mix.cutmix": 1.0, "mix.switch_prob": 0.3})
+    weights, _ = draws(4000, **{"mix.mixup": 0.8, "mix.cutmix": 1.0, "mix.switch_prob": 0.3})
     cut = ((weights == 0) | (weights == 1)).all(axis=(1, 2))
     assert abs(cut.mean() - 0.3) < 5 * np.sqrt(0.21 / 4000)
-    weights, _ = draws(4000, **{"prepare.mixup": 0.8, "mix.prob": 0.6})
+    weights, _ = draws(4000, **{"mix.mixup": 0.8, "mix.prob": 0.6})
     assert abs((weights != 1).any(axis=(1, 2)).mean() - 0.6) < 5 * np.sqrt(0.24 / 4000)
 
 
@@ -160,15 +160,15 @@ def test_erasing_fills_boxes(mode, count):
 
 
 def test_any_mesh_makes_the_same_batch():
-    config = config_of(**{"prepare.mixup": 0.8, "mix.cutmix": 1.0, "mix.mode": "elem", "erase.prob": 0.5})
+    config = config_of(**{"mix.mixup": 0.8, "mix.cutmix": 1.0, "mix.mode": "elem", "erase.prob": 0.5})
     images, targets = batch_of(16)
 
-    def prepare(key, images, targets):
+    def mix_and_erase(key, images, targets):
         images, targets = prepare.mix(key, images, targets, config.mix)
         return prepare.erase(key, images, config.erase), targets
 
-    expected = jax.jit(prepare)(jax.random.key(0), images, targets)
+    expected = jax.jit(mix_and_erase)(jax.random.key(0), images, targets)
     split = jax.device_put((images, targets), batch_sharding(make_mesh(2)))
-    found = jax.jit(prepare)(jax.random.key(0), *split)
+    found = jax.jit(mix_and_erase)(jax.random.key(0), *split)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-5)

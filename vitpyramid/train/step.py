@@ -73,7 +73,7 @@ def make_train_step(
             "loss": metrics.Average.from_model_output(loss),
             **measured,
             "grad_norm": metrics.Average.from_model_output(optax.global_norm(grads)),
-            "lr": metrics.LastValue.from_model_output(schedule(state.step)),
+            "lr": metrics.LastValue.from_model_output(jnp.asarray(schedule(state.step))),
         }
         return TrainState(state.step + 1, params, model_state, opt_state, ema), measured
 
