@@ -6,11 +6,9 @@ import flax.linen as nn
 
 from vitpyramid.models.registry import create_model
 from vitpyramid.weights.containers import Contents, open_contents
-from vitpyramid.weights.fetch import fetch
 from vitpyramid.weights.importer import import_weights
 from vitpyramid.weights.names import flax_to_torch
 from vitpyramid.weights.reader import read_torch_file
-from vitpyramid.weights.store import read_weights
 
 
 def load_pretrained(
@@ -40,6 +38,8 @@ def load_pretrained(
       ValueError: nothing readable there, not the weights of a model, or of another one than `name`.
       OSError: no such file, or a source that cannot be reached.
     """
+    from vitpyramid.weights.fetch import fetch  # here: whoever only makes models needs no libraries for downloads
+
     path = fetch(path_or_dir)
     try:
         if path.is_dir():
@@ -58,6 +58,8 @@ def load_pretrained(
 
 def _open_folder(path: Path, weights: str) -> tuple[Contents, str]:
     """The weights of a folder as if they came from a file, so that head and size are changed in one place."""
+    from vitpyramid.weights.store import read_weights  # here: nor Orbax
+
     stored = read_weights(path, weights)
     name = stored.network["name"]
     return open_contents(flax_to_torch(name, stored.variables)), name
