@@ -31,7 +31,7 @@ def main():
     kinds = {
         "unrolled": (plain, params),
         "remat": (plain.clone(remat=True), params),
-        "remat + scan": (plain.clone(remat=True, scan=True), stack_blocks(params)),
+        "remat + scan": (plain.clone(remat=True, scan=True), stack_blocks(params, plain.stages)),
     }
     compiled, seconds, memory = {}, {}, {}
     for kind, (model, weights) in kinds.items():

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import golden
+from vitpyramid.models.backbone import Stage
 from vitpyramid.train.adamp import scale_by_adamp
 
 
@@ -86,12 +87,13 @@ def test_stacked_blocks_step_like_single_ones(name):
     # The second one's gradient is orthogonal, the others' are not.
     weight, grad = blocks[1]["fc"]["kernel"], grads[1]["fc"]["kernel"]
     grads[1]["fc"]["kernel"] = grad - (grad * weight).sum(0) / (weight**2).sum(0) * weight
+    stages = (Stage((), tuple(f"{name}_{j}" for j in range(3))),)
     with jax.enable_x64(True):
         as_tree = {f"{name}_{j}": block for j, block in enumerate(blocks)}
         single = next(steps(as_tree, [{f"{name}_{j}": grad for j, grad in enumerate(grads)}]))
         stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)  # noqa: E731
         mask = lambda params: jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)  # noqa: E731
-        tx = optax.chain(scale_by_adamp(0.9, 0.999, 1e-8, 0.05, mask), optax.scale_by_learning_rate(0.01))
+        tx = optax.chain(scale_by_adamp(0.9, 0.999, 1e-8, 0.05, mask, stages), optax.scale_by_learning_rate(0.01))
         params = {name: stack(blocks)}
         updates, _ = tx.update({name: stack(grads)}, tx.init(params), params)
         together = optax.apply_updates(params, updates)[name]

@@ -10,6 +10,7 @@ from flax import traverse_util
 
 from configs import quickstart
 from vitpyramid import create_model, load_pretrained
+from vitpyramid.models.backbone import Stage
 from vitpyramid.models.registry import get_variant
 from vitpyramid.train import loop
 from vitpyramid.train.config import ConfigError
@@ -27,6 +28,9 @@ class TwoHeads(nn.Module):
     """Compiles in no time; has all that a distilled network has."""
 
     dtype = jnp.float32
+    no_weight_decay = ()
+    stages = (Stage(("cls_token",), ("blocks_0",)),)
+    after = ("head",)
 
     @nn.compact
     def __call__(self, images, train=False):
@@ -55,7 +59,7 @@ def one_step(config, teacher=None, teacher_variables=None, steps=1):
     model = TwoHeads()
     params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
     horizon = Horizon.of(config, 160)
-    optimizer = make_optimizer(config, horizon, params, ())
+    optimizer = make_optimizer(config, horizon, params, model)
     ema = {"params": jax.tree.map(jnp.copy, params)} if config.ema.decay else {}
     state = before = TrainState(jnp.zeros((), jnp.int32), params, {}, optimizer.tx.init(params), ema)
     step = jax.jit(make_train_step(config, model, optimizer, lambda step: 1.0, teacher))
@@ -110,7 +114,7 @@ def depths(name: str) -> dict:
     model = get_variant(name).model
     images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
     params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
-    return traverse_util.flatten_dict(layers_to_head(params), sep="/")
+    return traverse_util.flatten_dict(layers_to_head(params, model), sep="/")
 
 
 def test_layers_to_head():
@@ -122,6 +126,7 @@ def test_layers_to_head():
         "block4_0/norm1/bias": 2,
         "patch_embed4/proj/kernel": 3,
         "pos_embed4": 3,
+        "cls_token": 3,
         "block3_1/mlp/fc1/kernel": 3,
         "block1_0/attn/q/kernel": 8,
         "patch_embed1/proj/kernel": 9,
@@ -134,12 +139,20 @@ def test_layers_to_head():
     assert (t2t["blocks_6/mlp/fc1/bias"], t2t["tokens_to_token/project/kernel"], t2t["cls_token"]) == (1, 8, 8)
     rest = depths("rest_lite")
     assert (rest["stage4_1/norm1/scale"], rest["patch_embedding_4/conv/kernel"], rest["stem/conv1/kernel"]) == (1, 3, 9)
+    regnety = depths("regnety_160")  # 2, 4, 11, 1 blocks
+    found = [regnety[f"{path}/conv/kernel"] for path in ("s4/b1/conv1", "s3/b11/conv3", "s1/b1/downsample", "stem")]
+    assert found == [1, 2, 18, 19]
+
+
+def test_a_parameter_of_no_layer_is_named():
+    with pytest.raises(ValueError, match="body/kernel: expected in the stages of TwoHeads"):
+        layers_to_head({"head": {"kernel": 0}, "body": {"kernel": 0}}, TwoHeads())
 
 
 def test_layer_decay_multiplies_the_step():
     params = {"head": {"kernel": jnp.ones(3)}, "blocks_0": {"kernel": jnp.ones(3)}, "cls_token": jnp.ones(3)}
     config = config_of(**{"optim.layer_decay": 0.5})
-    tx = make_optimizer(config, Horizon.of(config, 160), params, ()).tx
+    tx = make_optimizer(config, Horizon.of(config, 160), params, TwoHeads()).tx
     updates, _ = tx.update(params, tx.init(params), params)
     assert [float(updates[key]["kernel"][0]) for key in ("head", "blocks_0")] == [-1.0, -0.5]
     assert float(updates["cls_token"][0]) == -0.25
@@ -150,7 +163,7 @@ def test_sgd_is_pytorchs():
     config = config_of(**{"optim.momentum": 0.9, "optim.lr": 0.1, "optim.decay_vectors": True})
     config.optim.weight_decay = 0.5
     params = {"head": {"bias": jnp.array([1.0])}}
-    tx = make_optimizer(config, Horizon.of(config, 160), params, ()).tx
+    tx = make_optimizer(config, Horizon.of(config, 160), params, TwoHeads()).tx
     state, velocity, x = tx.init(params), 0.0, 1.0
     for gradient in (2.0, -1.0):
         updates, state = tx.update({"head": {"bias": jnp.array([gradient])}}, state, params)
@@ -224,7 +237,7 @@ def test_a_run_starts_from_weights_with_its_own_head_and_size(pretrained, scan):
     with jax.set_mesh(mesh):
         program = build(config, 640, mesh)
         _, loaded = load_pretrained(folder, "deit_micro", num_classes=10, image_size=32)
-        state = with_weights(create_state(program.init, program.state), loaded, scan)
+        state = with_weights(create_state(program.init, program.state), loaded, program.model)
     assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, program.state)
     kernel = variables["params"]["blocks_1"]["attn"]["qkv"]["kernel"]
     found = (

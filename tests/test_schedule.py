@@ -80,7 +80,7 @@ def test_optimizer_is_adamw_with_decoupled_decay_and_clipping():
     rng = np.random.default_rng(0)
     params = {"kernel": rng.normal(size=(3, 4)), "bias": rng.normal(size=4)}
     ours = jax.tree.map(jnp.float32, params)
-    tx = make_optimizer(config, Horizon.of(config, 1_281_167), ours, ()).tx
+    tx = make_optimizer(config, Horizon.of(config, 1_281_167), ours, create_model("pvt_micro")).tx
     state = tx.init(ours)
     m, v = ({k: np.zeros_like(p) for k, p in params.items()} for _ in range(2))
     for t in range(1, 4):

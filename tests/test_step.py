@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from configs import quickstart
-from vitpyramid.models.pyramid import IMAGENET_MEAN, IMAGENET_STD
+from vitpyramid.models.backbone import IMAGENET_MEAN, IMAGENET_STD
 from vitpyramid.train import program as programs
 from vitpyramid.train.losses import smooth_one_hot
 from vitpyramid.train.mesh import batch_sharding, make_mesh, state_sharding

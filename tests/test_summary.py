@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import golden
+from vitpyramid.models.backbone import Level
 from vitpyramid.models.pvt import PVT
-from vitpyramid.models.pyramid import Level
 from vitpyramid.models.registry import create_model, get_variant, list_models
 from vitpyramid.models.rest import ResT
 from vitpyramid.tools import summary

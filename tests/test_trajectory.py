@@ -45,7 +45,7 @@ def run(meta: dict):
         model = create_model(name, dtype=jnp.float64, **overrides)
         variables = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), torch_to_flax(name, weights))
         params = variables.pop("params")
-        tx = make_optimizer(config, Horizon.of(config, 1_281_167), params, model.no_weight_decay).tx
+        tx = make_optimizer(config, Horizon.of(config, 1_281_167), params, model).tx
 
         @jax.jit
         def step(params, others, opt_state, images, labels):

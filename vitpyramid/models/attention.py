@@ -1,13 +1,15 @@
-"""Softmax attention, and the plain transformer block that PiT, T2T-ViT and DeiT share."""
+"""Softmax attention, plain self-attention, and the pre-norm block that all transformers here are made of."""
+
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vitpyramid.models.layers import DropPath, Mlp, at_least_float32, layer_norm, linear
+from vitpyramid.models.layers import DropPath, at_least_float32, layer_norm, linear
 
 
-def attend(module: nn.Module, query, key, value, scale: float, drop_rate: float = 0.0) -> jax.Array:
+def attend(module: nn.Module, query, key, value, scale: float | None = None) -> jax.Array:
     """`softmax(scale * query key^T) value` for each head; heads are concatenated head-major.
 
     Called from a compact method of `module`, which sows the map as `attention` `[B, heads, N, M]` under
@@ -16,17 +18,23 @@ def attend(module: nn.Module, query, key, value, scale: float, drop_rate: float 
     Args:
       query: `[B, N, heads, d]`.
       key, value: `[B, M, heads, d]`.
-      drop_rate: dropout on the map.
+      scale: None: `d ** -0.5`.
 
     Returns:
       `[B, N, heads * d]` in the dtype of `value`.
     """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     logits = jnp.einsum("bnhd,bmhd->bhnm", query, key, preferred_element_type=at_least_float32(query.dtype))
     weights = jax.nn.softmax(logits * scale)
     module.sow("intermediates", "attention", weights)
-    weights = nn.Dropout(drop_rate, deterministic=False)(weights.astype(value.dtype))
-    out = jnp.einsum("bhnm,bmhd->bnhd", weights, value)
+    out = jnp.einsum("bhnm,bmhd->bnhd", weights.astype(value.dtype), value)
     return out.reshape(*out.shape[:2], -1)
+
+
+def output_dropout(rate: float) -> nn.Dropout:
+    """Dropout behind the projection of an attention, called from its compact method."""
+    # What it drops follows from its name: another one would change runs that are resumed.
+    return nn.Dropout(rate, deterministic=False, name="Dropout_1")
 
 
 class SelfAttention(nn.Module):
@@ -41,7 +49,6 @@ class SelfAttention(nn.Module):
     qkv_bias: bool
     scale: float | None = None
     drop_rate: float = 0.0
-    attn_drop_rate: float = 0.0
     torch_init: bool = False
     dtype: jnp.dtype = jnp.float32
 
@@ -52,44 +59,29 @@ class SelfAttention(nn.Module):
         torch_init_from = dim if self.torch_init else None
         qkv = linear(3 * dim, self.dtype, "qkv", self.qkv_bias, torch_init_from)(x)
         query, key, value = jnp.moveaxis(qkv.reshape(b, n, 3, self.heads, -1), 2, 0)
-        scale = (dim // self.heads) ** -0.5 if self.scale is None else self.scale
-        x = attend(self, query, key, value, scale, self.attn_drop_rate)
+        x = attend(self, query, key, value, self.scale)
         x = linear(dim, self.dtype, "proj", torch_init_from=torch_init_from)(x)
-        return nn.Dropout(self.drop_rate, deterministic=False)(x)
+        return output_dropout(self.drop_rate)(x)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer encoder layer with plain self-attention: timm's ViT `Block`.
+    """Pre-norm transformer encoder layer: an attention, then an MLP, each added to what it reads.
 
     Attributes:
+      attention, mlp: make the two modules, `[B, N, C]` -> `[B, N, C]`, given their `name`.
       epsilon: of both norms.
       drop_path: probability of dropping a branch of a sample.
     """
 
-    heads: int
-    mlp_ratio: float
+    attention: Callable[..., nn.Module]
+    mlp: Callable[..., nn.Module]
     epsilon: float
-    qkv_bias: bool
-    scale: float | None = None
-    drop_rate: float = 0.0
-    attn_drop_rate: float = 0.0
     drop_path: float = 0.0
-    torch_init: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, N, C]` -> `[B, N, C]`."""
-        attn = SelfAttention(
-            self.heads,
-            self.qkv_bias,
-            self.scale,
-            self.drop_rate,
-            self.attn_drop_rate,
-            self.torch_init,
-            self.dtype,
-            name="attn",
-        )
-        mlp = Mlp(int(x.shape[-1] * self.mlp_ratio), self.drop_rate, self.torch_init, self.dtype, name="mlp")
+        attn, mlp = self.attention(name="attn"), self.mlp(name="mlp")
         x = x + DropPath(self.drop_path)(attn(layer_norm(self.epsilon, self.dtype, "norm1")(x)))
         return x + DropPath(self.drop_path)(mlp(layer_norm(self.epsilon, self.dtype, "norm2")(x)))

@@ -6,10 +6,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
-
-# Mesh axes over which the batch is split. Parameters may be split over some of them as well.
-BATCH_AXES = ("data", "fsdp")
 
 # timm's trunc_normal_(std=.02) cuts at -2 and 2, a hundred standard deviations: a plain normal.
 normal_init = nn.initializers.normal(0.02)
@@ -29,16 +25,6 @@ def torch_bias_init(fan_in: int):
 def at_least_float32(dtype):
     """`dtype` promoted to float32 if it is narrower: the dtype of softmax, statistics, logits and losses."""
     return jnp.promote_types(dtype, jnp.float32)
-
-
-def shard_batch(x: jax.Array) -> jax.Array:
-    """Keeps the first axis of `x` split over the mesh's batch axes and the others whole; no mesh, no effect.
-
-    Without this at block boundaries the compiler shards activations over features when parameters are sharded,
-    which costs a gather of the whole batch in every block.
-    """
-    axes = tuple(axis for axis in BATCH_AXES if axis in jax.sharding.get_abstract_mesh().axis_names)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
 
 
 def linear(features: int, dtype, name: str, use_bias: bool = True, torch_init_from: int | None = None) -> nn.Dense:
@@ -84,11 +70,11 @@ class Mlp(nn.Module):
     """`fc1 -> GELU -> fc2`, with dropout after both. GELU is the exact (erf) form.
 
     Attributes:
-      hidden: width between the layers.
+      ratio: width between the layers, in widths of a token.
       torch_init: initialise as PyTorch does instead of with normal weights and zero biases.
     """
 
-    hidden: int
+    ratio: float
     drop_rate: float = 0.0
     torch_init: bool = False
     dtype: jnp.dtype = jnp.float32
@@ -97,10 +83,11 @@ class Mlp(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., C]` -> `[..., C]`."""
         dim = x.shape[-1]
-        x = linear(self.hidden, self.dtype, "fc1", torch_init_from=dim if self.torch_init else None)(x)
+        hidden = int(dim * self.ratio)
+        x = linear(hidden, self.dtype, "fc1", torch_init_from=dim if self.torch_init else None)(x)
         x = nn.gelu(x, approximate=False)
         x = nn.Dropout(self.drop_rate, deterministic=False)(x)
-        x = linear(dim, self.dtype, "fc2", torch_init_from=self.hidden if self.torch_init else None)(x)
+        x = linear(dim, self.dtype, "fc2", torch_init_from=hidden if self.torch_init else None)(x)
         return nn.Dropout(self.drop_rate, deterministic=False)(x)
 
 

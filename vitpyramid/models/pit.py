@@ -6,22 +6,24 @@ the table is resized for any other grid, bicubically as PyTorch does it.
 """
 
 import functools
+import itertools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vitpyramid.models.attention import Block
+from vitpyramid.models.attention import Block, SelfAttention
+from vitpyramid.models.backbone import DistilledBackbone, Level, PositionTable, Stage, Variant
 from vitpyramid.models.layers import (
+    Mlp,
     at_least_float32,
     linear,
     normal_init,
     resize_positions,
-    shard_batch,
     torch_bias_init,
     torch_kernel_init,
 )
-from vitpyramid.models.pyramid import Level, Variant
+from vitpyramid.models.sharding import shard_batch
 from vitpyramid.models.stack import apply_blocks
 
 
@@ -90,8 +92,8 @@ class Pool(nn.Module):
         return PoolConv(self.dim, self.dtype, name="conv")(x), fc(class_tokens)
 
 
-class Stage(nn.Module):
-    """Transformer blocks over class tokens and map together.
+class Transformer(nn.Module):
+    """The blocks of a stage, over class tokens and map together.
 
     Attributes:
       drop_paths: of each block.
@@ -100,7 +102,6 @@ class Stage(nn.Module):
     heads: int
     mlp_ratio: float
     drop_rate: float
-    attn_drop_rate: float
     drop_paths: tuple[float, ...]
     remat: bool
     scan: bool
@@ -112,35 +113,30 @@ class Stage(nn.Module):
         shape, extra = x.shape, class_tokens.shape[1]
         tokens = jnp.concatenate([class_tokens, x.reshape(shape[0], -1, shape[-1])], axis=1)  # [B, T + h * w, C]
         fields = {
-            "heads": self.heads,
-            "mlp_ratio": self.mlp_ratio,
+            "attention": functools.partial(
+                SelfAttention,
+                self.heads,
+                qkv_bias=True,
+                drop_rate=self.drop_rate,
+                torch_init=True,
+                dtype=self.dtype,
+            ),
+            "mlp": functools.partial(Mlp, self.mlp_ratio, self.drop_rate, torch_init=True, dtype=self.dtype),
             "epsilon": 1e-6,
-            "qkv_bias": True,
-            "drop_rate": self.drop_rate,
-            "attn_drop_rate": self.attn_drop_rate,
-            "torch_init": True,
             "dtype": self.dtype,
         }
         tokens = apply_blocks(Block, fields, shard_batch(tokens), self.drop_paths, "blocks", self.remat, self.scan)
         return tokens[:, extra:].reshape(shape), tokens[:, :extra]
 
 
-class PiT(nn.Module):
+class PiT(DistilledBackbone):
     """Three stages of transformer blocks, each on half the grid of the one before; class tokens go through all.
+
+    Maps are those before pooling; sides are halved upwards (27, 14, 7).
 
     Attributes:
       depths, dims, heads: per stage, Table 1 of the paper.
       patch, stride: of the patch embedding; patches overlap where `stride < patch`.
-      distilled: a second class token with a head of its own, for distillation.
-      num_classes: size of the heads.
-      image_size: input size (side, or height and width) whose grid the position table has. Any other size can be given
-        at call time; the table is then resized.
-      drop_rate: dropout after positions, projections and in the MLP.
-      attn_drop_rate: dropout on attention maps.
-      drop_path_rate: stochastic depth; block i of n drops at `drop_path_rate * i / n`, counted over all stages from 0.
-      remat: recompute each block in the backward pass instead of storing what is inside it.
-      scan: compile one block a stage and loop over it (`stack.apply_blocks`); needs `remat`.
-      dtype: of activations and matrix products; norms' statistics, softmax and logits are at least float32.
     """
 
     depths: tuple[int, ...]
@@ -149,23 +145,45 @@ class PiT(nn.Module):
     patch: int = 16
     stride: int = 8
     mlp_ratio: float = 4.0
-    distilled: bool = False
-    num_classes: int = 1000
-    image_size: int | tuple[int, int] = 224
-    drop_rate: float = 0.0
-    attn_drop_rate: float = 0.0
-    drop_path_rate: float = 0.0
-    remat: bool = False
-    scan: bool = False
-    dtype: jnp.dtype = jnp.float32
 
-    # Besides vectors, which no family decays.
+    signature = "patch_embed/conv/kernel"
     no_weight_decay = ("pos_embed", "cls_token")
 
     @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Pools stand between them."""
+        entrances = [("patch_embed", "pos_embed", "cls_token"), *((f"pools_{s}",) for s in range(len(self.depths) - 1))]
+        return tuple(
+            Stage(before, tuple(f"transformers_{s}/blocks_{j}" for j in range(depth)))
+            for s, (before, depth) in enumerate(zip(entrances, self.depths, strict=True))
+        )
+
+    @property
     def strides(self) -> tuple[int, ...]:
-        """Input pixels per cell of each stage's map."""
+        """Doubled by each pool."""
         return tuple(self.stride * 2**s for s in range(len(self.depths)))
+
+    @property
+    def least_side(self) -> int:
+        """A patch."""
+        return self.patch
+
+    @property
+    def position_tables(self) -> tuple[PositionTable, ...]:
+        """One; class tokens have no position."""
+        height, width = ((side - self.patch) // self.stride + 1 for side in self.height_width)
+        return (PositionTable("params/pos_embed", (height, width)),)
+
+    @nn.nowrap
+    def image_side(self, grid_side: int) -> int:
+        """Patches overlap."""
+        return (grid_side - 1) * self.stride + self.patch
+
+    @nn.nowrap
+    def drop_paths(self, train: bool) -> list[float]:
+        """Block i of n drops at `drop_path_rate * i / n`, counted over all stages from 0."""
+        total = sum(self.depths)
+        return [self.drop_path_rate * i / total if train else 0.0 for i in range(total)]
 
     def setup(self):
         self.norm = nn.LayerNorm(1e-6, self.dtype, use_fast_variance=False)
@@ -180,43 +198,18 @@ class PiT(nn.Module):
         if self.distilled:
             self.head_dist = head()
 
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array | tuple[jax.Array, jax.Array]:
-        """Logits `[B, num_classes]` of normalised images `[B, H, W, 3]`, both sides at least `patch`.
-
-        `train=True` turns dropout and drop path on, which then need a `dropout` RNG if their rates are not zero. A
-        distilled network then returns `(class_logits, distill_logits)`, otherwise their mean.
-        """
-        _, class_tokens = self.encode(images, train)
-        class_tokens = self.norm(class_tokens)
-        class_logits = self.head(class_tokens[:, 0])
-        if not self.distilled:
-            return class_logits
-        distill_logits = self.head_dist(class_tokens[:, 1])
-        return (class_logits, distill_logits) if train else (class_logits + distill_logits) / 2
-
-    def features(self, images: jax.Array, train: bool = False) -> tuple[Level, ...]:
-        """Map of each stage's last block, before pooling and without norm; sides are halved upwards (27, 14, 7)."""
-        return self.encode(images, train)[0]
-
     @nn.compact
     def encode(self, images: jax.Array, train: bool) -> tuple[tuple[Level, ...], jax.Array]:
         """The pyramid and the class tokens `[B, 1 or 2, C]` of the last stage."""
-        if images.ndim != 4 or min(images.shape[1:3]) < self.patch:
-            raise ValueError(
-                f"images have shape {images.shape}, expected [B, H, W, C] with H and W at least {self.patch}"
-            )
-        size = self.image_size
-        native = tuple(
-            (side - self.patch) // self.stride + 1 for side in ((size, size) if isinstance(size, int) else size)
-        )
-        drop_rate, attn_drop_rate = (self.drop_rate, self.attn_drop_rate) if train else (0.0, 0.0)
-        total = sum(self.depths)
-        drop_paths = [self.drop_path_rate * i / total if train else 0.0 for i in range(total)]
+        self.check_images(images)
+        drop_rate = self.drop_rate if train else 0.0
+        drop_paths = iter(self.drop_paths(train))
 
         x = PatchEmbed(self.dims[0], self.patch, self.stride, self.dtype, name="patch_embed")(images)
         b, *grid, dim = x.shape
-        table = self.param("pos_embed", normal_init, (1, *native, dim)).reshape(1, -1, dim)
-        positions = resize_positions(table, native, tuple(grid), "bicubic").reshape(1, *grid, dim)
+        (native,) = self.position_tables
+        table = self.param("pos_embed", normal_init, (1, *native.grid, dim)).reshape(1, -1, dim)
+        positions = resize_positions(table, native.grid, tuple(grid), self.resize_method).reshape(1, *grid, dim)
         x = nn.Dropout(drop_rate, deterministic=False)(x + positions.astype(self.dtype))
         # Class tokens have no position.
         class_tokens = self.param("cls_token", normal_init, (1, 1 + self.distilled, dim))
@@ -226,13 +219,11 @@ class PiT(nn.Module):
         for s, depth in enumerate(self.depths):
             if s > 0:
                 x, class_tokens = Pool(self.dims[s], self.dtype, name=f"pools_{s - 1}")(x, class_tokens)
-            first = sum(self.depths[:s])
-            x, class_tokens = Stage(
+            x, class_tokens = Transformer(
                 self.heads[s],
                 self.mlp_ratio,
                 drop_rate,
-                attn_drop_rate,
-                tuple(drop_paths[first : first + depth]),
+                tuple(itertools.islice(drop_paths, depth)),
                 self.remat,
                 self.scan,
                 self.dtype,

@@ -6,16 +6,16 @@ official code leaves a position table as it is wherever a stage has as many toke
 is the wrong table at 112 x 448 and a crash at 448 x 448. Here every table is resized on its own stage's grid.
 """
 
+import functools
 import itertools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from vitpyramid.models.attention import attend
+from vitpyramid.models.attention import Block, attend, output_dropout
+from vitpyramid.models.backbone import Backbone, Level, PositionTable, Stage, Variant
 from vitpyramid.models.layers import (
-    DropPath,
     Mlp,
     PatchConv,
     at_least_float32,
@@ -23,9 +23,8 @@ from vitpyramid.models.layers import (
     linear,
     normal_init,
     resize_positions,
-    shard_batch,
 )
-from vitpyramid.models.pyramid import Level, Variant
+from vitpyramid.models.sharding import shard_batch
 from vitpyramid.models.stack import apply_blocks
 
 
@@ -50,7 +49,6 @@ class SpatialReductionAttention(nn.Module):
     sr_ratio: int
     grid: tuple[int, int]
     drop_rate: float
-    attn_drop_rate: float
     dtype: jnp.dtype
 
     @nn.compact
@@ -64,49 +62,15 @@ class SpatialReductionAttention(nn.Module):
             source = PatchConv(dim, self.sr_ratio, self.dtype, name="sr")(source)
             source = layer_norm(1e-5, self.dtype, "norm")(source.reshape(b, -1, dim))
         key_value = linear(2 * dim, self.dtype, "kv")(source).reshape(b, -1, 2, self.heads, dim // self.heads)
-        x = attend(
-            self, query, key_value[:, :, 0], key_value[:, :, 1], (dim // self.heads) ** -0.5, self.attn_drop_rate
-        )
-        return nn.Dropout(self.drop_rate, deterministic=False)(linear(dim, self.dtype, "proj")(x))
+        x = attend(self, query, key_value[:, :, 0], key_value[:, :, 1])
+        return output_dropout(self.drop_rate)(linear(dim, self.dtype, "proj")(x))
 
 
-class Block(nn.Module):
-    """Pre-norm transformer encoder layer."""
-
-    heads: int
-    mlp_ratio: int
-    sr_ratio: int
-    grid: tuple[int, int]
-    drop_rate: float
-    attn_drop_rate: float
-    drop_path: float
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[B, N, C]` -> `[B, N, C]`."""
-        attn = SpatialReductionAttention(
-            self.heads, self.sr_ratio, self.grid, self.drop_rate, self.attn_drop_rate, self.dtype, name="attn"
-        )
-        mlp = Mlp(x.shape[-1] * self.mlp_ratio, self.drop_rate, dtype=self.dtype, name="mlp")
-        x = x + DropPath(self.drop_path)(attn(layer_norm(1e-6, self.dtype, "norm1")(x)))
-        return x + DropPath(self.drop_path)(mlp(layer_norm(1e-6, self.dtype, "norm2")(x)))
-
-
-class PVT(nn.Module):
-    """Four stages of transformer blocks at strides 4, 8, 16 and 32; a class token in the last.
+class PVT(Backbone):
+    """Four stages of transformer blocks at strides 4, 8, 16 and 32; a class token in the last. Grids are floored.
 
     Attributes:
       depths, dims, heads, mlp_ratios, sr_ratios: per stage, Table 1 of the paper (depths as in the code and weights).
-      num_classes: size of the head.
-      image_size: input size (side, or height and width) whose grids the position tables have. Any other size can be
-        given at call time; the tables are then resized bilinearly.
-      drop_rate: dropout after positions, projections and in the MLP.
-      attn_drop_rate: dropout on attention maps.
-      drop_path_rate: stochastic depth of the last block; it grows linearly from 0 over all blocks.
-      remat: recompute each block in the backward pass instead of storing what is inside it.
-      scan: compile one block a stage and loop over it (`stack.apply_blocks`); needs `remat`.
-      dtype: of activations and matrix products; norms' statistics, softmax and logits are at least float32.
     """
 
     depths: tuple[int, ...]
@@ -114,78 +78,73 @@ class PVT(nn.Module):
     heads: tuple[int, ...] = (1, 2, 5, 8)
     mlp_ratios: tuple[int, ...] = (8, 8, 4, 4)
     sr_ratios: tuple[int, ...] = (8, 4, 2, 1)
-    num_classes: int = 1000
-    image_size: int | tuple[int, int] = 224
-    drop_rate: float = 0.0
-    attn_drop_rate: float = 0.0
-    drop_path_rate: float = 0.0
-    remat: bool = False
-    scan: bool = False
-    dtype: jnp.dtype = jnp.float32
 
-    # Besides vectors, which no family decays. The position tables are decayed.
-    no_weight_decay = ("cls_token",)
+    signature = "pos_embed1"
     strides = (4, 8, 16, 32)
+    least_side = 32
+    no_weight_decay = ("cls_token",)  # the position tables are decayed
+    resize_method = "bilinear"
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The class token stands before the last."""
+        entrances = [(f"patch_embed{s}", f"pos_embed{s}") for s in range(1, len(self.depths) + 1)]
+        entrances[-1] += ("cls_token",)
+        return tuple(
+            Stage(before, tuple(f"block{s}_{j}" for j in range(depth)))
+            for s, (before, depth) in enumerate(zip(entrances, self.depths, strict=True), start=1)
+        )
+
+    @property
+    def position_tables(self) -> tuple[PositionTable, ...]:
+        """One a stage; the last has a row for the class token."""
+        height, width = self.height_width
+        last = len(self.depths) - 1
+        return tuple(
+            PositionTable(f"params/pos_embed{s + 1}", (height // stride, width // stride), extra=int(s == last))
+            for s, stride in enumerate(self.strides)
+        )
 
     def setup(self):
         self.norm = nn.LayerNorm(1e-6, self.dtype, use_fast_variance=False)
         self.head = nn.Dense(self.num_classes, dtype=at_least_float32(self.dtype), kernel_init=normal_init)
 
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """Logits `[B, num_classes]` of normalised images `[B, H, W, 3]`, both sides at least 32.
-
-        `train=True` turns dropout and drop path on, which then need a `dropout` RNG if their rates are not zero.
-        """
-        _, class_token = self.encode(images, train)
-        return self.head(self.norm(class_token))
-
-    def features(self, images: jax.Array, train: bool = False) -> tuple[Level, ...]:
-        """Output of each stage's last block, without norm; strides 4, 8, 16, 32, sides floored."""
-        return self.encode(images, train)[0]
-
     @nn.compact
     def encode(self, images: jax.Array, train: bool) -> tuple[tuple[Level, ...], jax.Array]:
         """The pyramid and the class token `[B, C]`."""
-        if images.ndim != 4 or min(images.shape[1:3]) < 32:
-            raise ValueError(f"images have shape {images.shape}, expected [B, H, W, C] with H and W at least 32")
-        size = self.image_size
-        native = (size, size) if isinstance(size, int) else tuple(size)
-        drop_rate, attn_drop_rate = (self.drop_rate, self.attn_drop_rate) if train else (0.0, 0.0)
-        drop_paths = iter(np.linspace(0, self.drop_path_rate if train else 0.0, sum(self.depths)).tolist())
+        self.check_images(images)
+        drop_rate = self.drop_rate if train else 0.0
+        drop_paths = iter(self.drop_paths(train))
 
         levels = []
         x = images
-        for s, (depth, dim) in enumerate(zip(self.depths, self.dims, strict=True), start=1):
+        for s, (depth, dim, native) in enumerate(zip(self.depths, self.dims, self.position_tables, strict=True), 1):
             patch = 4 if s == 1 else 2
-            native = (native[0] // patch, native[1] // patch)
             x = PatchEmbed(dim, patch, self.dtype, name=f"patch_embed{s}")(x)
             b, *grid, _ = x.shape
             grid = tuple(grid)
             x = x.reshape(b, -1, dim)  # [B, h * w, C]
-            has_class_token = s == len(self.depths)
-            slots = native[0] * native[1] + has_class_token
+            slots = native.extra + native.grid[0] * native.grid[1]
             table = self.param(f"pos_embed{s}", normal_init, (1, slots, dim))
-            positions = resize_positions(table[:, has_class_token:], native, grid, "bilinear")
-            if has_class_token:
+            positions = resize_positions(table[:, native.extra :], native.grid, grid, self.resize_method)
+            if s == len(self.depths):
                 class_token = self.param("cls_token", normal_init, (1, 1, dim))
                 class_token = jnp.broadcast_to(class_token, (b, 1, dim)).astype(self.dtype)
                 x = jnp.concatenate([class_token, x], axis=1)  # [B, 1 + h * w, C]
                 positions = jnp.concatenate([table[:, :1], positions], axis=1)
             x = x + positions.astype(self.dtype)
             x = shard_batch(nn.Dropout(drop_rate, deterministic=False)(x))
+            heads, mlp_ratio, sr_ratio = self.heads[s - 1], self.mlp_ratios[s - 1], self.sr_ratios[s - 1]
             fields = {
-                "heads": self.heads[s - 1],
-                "mlp_ratio": self.mlp_ratios[s - 1],
-                "sr_ratio": self.sr_ratios[s - 1],
-                "grid": grid,
-                "drop_rate": drop_rate,
-                "attn_drop_rate": attn_drop_rate,
+                "attention": functools.partial(SpatialReductionAttention, heads, sr_ratio, grid, drop_rate, self.dtype),
+                "mlp": functools.partial(Mlp, mlp_ratio, drop_rate, dtype=self.dtype),
+                "epsilon": 1e-6,
                 "dtype": self.dtype,
             }
             rates = list(itertools.islice(drop_paths, depth))
             x = apply_blocks(Block, fields, x, rates, f"block{s}", self.remat, self.scan)
             class_token = x[:, 0]
-            x = x[:, has_class_token:].reshape(b, *grid, dim)
+            x = x[:, native.extra :].reshape(b, *grid, dim)
             levels.append(Level(x, self.strides[s - 1]))
         return tuple(levels), class_token
 

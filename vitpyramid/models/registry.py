@@ -3,19 +3,11 @@
 import dataclasses
 import difflib
 
-import flax.linen as nn
-
 from vitpyramid.models import pit, pvt, regnet, rest, t2t_vit, vit
-from vitpyramid.models.pyramid import Variant
+from vitpyramid.models.backbone import Backbone, Variant
 
-VARIANTS: dict[str, Variant] = {
-    **pvt.VARIANTS,
-    **pit.VARIANTS,
-    **t2t_vit.VARIANTS,
-    **rest.VARIANTS,
-    **vit.VARIANTS,
-    **regnet.VARIANTS,
-}
+FAMILIES = (pvt, pit, t2t_vit, rest, vit, regnet)
+VARIANTS: dict[str, Variant] = {name: variant for family in FAMILIES for name, variant in family.VARIANTS.items()}
 
 
 def list_models(prefix: str = "") -> list[str]:
@@ -31,7 +23,7 @@ def get_variant(name: str) -> Variant:
     return VARIANTS[name]
 
 
-def create_model(name: str, **overrides) -> nn.Module:
+def create_model(name: str, **overrides) -> Backbone:
     """The network called `name`, as a Flax module without weights.
 
     Args:

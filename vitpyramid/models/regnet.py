@@ -8,8 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vitpyramid.models.layers import BatchNorm, at_least_float32, normal_init, shard_batch
-from vitpyramid.models.pyramid import Level, Variant
+from vitpyramid.models.backbone import Backbone, Level, Stage, Variant
+from vitpyramid.models.layers import BatchNorm, at_least_float32, normal_init
+from vitpyramid.models.sharding import shard_batch
 
 
 class ConvNorm(nn.Module):
@@ -57,7 +58,10 @@ class SqueezeExcitation(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """`1x1 -> grouped 3x3 -> squeeze-excitation -> 1x1`, added to the input, which is projected where it must be."""
+    """`1x1 -> grouped 3x3 -> squeeze-excitation -> 1x1`, added to the input.
+
+    Where the output has another width or stride than the input, the input goes through a 1x1 convolution first.
+    """
 
     dim: int
     stride: int
@@ -94,65 +98,58 @@ class Head(nn.Module):
         return nn.Dense(self.num_classes, dtype=wide, kernel_init=normal_init, name="fc")(x)
 
 
-class RegNetY(nn.Module):
-    """A convolutional stem and four stages of bottlenecks, at strides 4, 8, 16 and 32.
+class RegNetY(Backbone):
+    """A convolutional stem and four stages of bottlenecks, at strides 4, 8, 16 and 32. Grids are rounded up.
+
+    `drop_rate` is of dropout before the head. There is no drop path, and a stage's first block differs from the others:
+    `drop_path_rate` and `scan` other than 0 and False are a `ValueError`.
 
     Attributes:
       depths, dims: blocks and width of each stage.
       group_width: channels of a group in the 3x3 convolutions; divides every width.
       stem_dim: width of the stem, at stride 2.
-      num_classes: width of the logits.
-      image_size: unused; no weight depends on the size of images.
-      drop_rate: dropout before the head.
-      attn_drop_rate, drop_path_rate: 0; there is nothing that they could drop.
-      remat: recompute each block in the backward pass instead of storing what is inside it.
-      scan: False; a stage's first block differs from the others.
-      dtype: of activations and convolutions; norms' statistics and logits are at least float32.
     """
 
     depths: tuple[int, ...]
     dims: tuple[int, ...]
     group_width: int
     stem_dim: int = 32
-    num_classes: int = 1000
-    image_size: int | tuple[int, int] = 224
-    drop_rate: float = 0.0
-    attn_drop_rate: float = 0.0
-    drop_path_rate: float = 0.0
-    remat: bool = False
-    scan: bool = False
-    dtype: jnp.dtype = jnp.float32
 
-    # Besides vectors, which no family decays.
-    no_weight_decay = ()
+    signature = "s1/b1/conv1/conv/kernel"
     strides = (4, 8, 16, 32)
+    after = ("head",)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The first block of each is also its downsampling."""
+        return tuple(
+            Stage(("stem",) if s == 1 else (), tuple(f"s{s}/b{j}" for j in range(1, depth + 1)))
+            for s, depth in enumerate(self.depths, start=1)
+        )
 
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """Logits `[B, num_classes]` of normalised images `[B, H, W, 3]` of any size."""
+        """As `Backbone`."""
         return self.encode(images, train)[1]
-
-    def features(self, images: jax.Array, train: bool = False) -> tuple[Level, ...]:
-        """Output of each stage's last block; strides 4, 8, 16, 32, sides rounded up."""
-        return self.encode(images, train)[0]
 
     @nn.compact
     def encode(self, images: jax.Array, train: bool) -> tuple[tuple[Level, ...], jax.Array]:
         """The pyramid and the logits."""
-        if images.ndim != 4:
-            raise ValueError(f"images have shape {images.shape}, expected [B, H, W, C]")
-        if self.scan or self.attn_drop_rate or self.drop_path_rate:
-            raise ValueError("RegNetY has no scan, attn_drop_rate or drop_path_rate: expected False, 0 and 0")
+        self.check_images(images)
+        if self.scan or self.drop_path_rate:
+            raise ValueError(
+                f"scan={self.scan}, drop_path_rate={self.drop_path_rate}: expected False and 0, RegNetY has neither"
+            )
         block = nn.remat(Bottleneck) if self.remat else Bottleneck
         x = ConvNorm(self.stem_dim, 3, 2, 1, True, train, self.dtype, name="stem")(images.astype(self.dtype))
         levels = []
         for s, (depth, dim) in enumerate(zip(self.depths, self.dims, strict=True), start=1):
-            x = Stage(block, depth, dim, self.group_width, train, self.dtype, name=f"s{s}")(x)
+            x = Bottlenecks(block, depth, dim, self.group_width, train, self.dtype, name=f"s{s}")(x)
             levels.append(Level(x, self.strides[s - 1]))
         drop_rate = self.drop_rate if train else 0.0
         return tuple(levels), Head(self.num_classes, drop_rate, self.dtype, name="head")(x)
 
 
-class Stage(nn.Module):
+class Bottlenecks(nn.Module):
     """Blocks of one width; the first halves the map."""
 
     block: type[nn.Module]

@@ -10,26 +10,25 @@ key; the attention branch then adds nothing but the bias of `proj`. Training whe
 batch, so that it has no variance: `ValueError`, as in PyTorch.
 """
 
+import functools
 import itertools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from vitpyramid.models.attention import attend
+from vitpyramid.models.attention import Block, attend, output_dropout
+from vitpyramid.models.backbone import Backbone, Level, Stage, Variant
 from vitpyramid.models.layers import (
     BatchNorm,
-    DropPath,
     Mlp,
     at_least_float32,
     layer_norm,
     linear,
     normal_init,
-    shard_batch,
     torch_bias_init,
 )
-from vitpyramid.models.pyramid import Level, Variant
+from vitpyramid.models.sharding import shard_batch
 from vitpyramid.models.stack import apply_blocks
 
 
@@ -151,7 +150,6 @@ class EfficientAttention(nn.Module):
     sr_ratio: int
     grid: tuple[int, int]
     drop_rate: float
-    attn_drop_rate: float
     dtype: jnp.dtype
 
     @nn.compact
@@ -166,62 +164,27 @@ class EfficientAttention(nn.Module):
             source = layer_norm(1e-5, self.dtype, "sr_norm")(source.reshape(b, -1, dim))
         key_value = linear(2 * dim, self.dtype, "kv")(source).reshape(b, -1, 2, self.heads, dim // self.heads)
         key, value = key_value[:, :, 0], key_value[:, :, 1]
-        scale = (dim // self.heads) ** -0.5
-        if self.heads > 1:
-            x = self.attend_mixed(query, key, value, scale)
-        else:
-            x = attend(self, query, key, value, scale, self.attn_drop_rate)
-        return nn.Dropout(self.drop_rate, deterministic=False)(linear(dim, self.dtype, "proj")(x))
+        attention = functools.partial(attend, self) if self.heads == 1 else self.attend_mixed
+        x = attention(query, key, value)
+        return output_dropout(self.drop_rate)(linear(dim, self.dtype, "proj")(x))
 
-    def attend_mixed(self, query, key, value, scale) -> jax.Array:
+    def attend_mixed(self, query, key, value) -> jax.Array:
         """`attend` with `transform_conv` before the softmax and instance norm after it, which leaves rows of sum 0."""
         logits = jnp.einsum("bnhd,bmhd->bhnm", query, key, preferred_element_type=at_least_float32(query.dtype))
-        weights = instance_norm(jax.nn.softmax(HeadMixing(name="transform_conv")(logits * scale)))
+        weights = instance_norm(jax.nn.softmax(HeadMixing(name="transform_conv")(logits * query.shape[-1] ** -0.5)))
         self.sow("intermediates", "attention", weights)
-        weights = nn.Dropout(self.attn_drop_rate, deterministic=False)(weights.astype(value.dtype))
-        out = jnp.einsum("bhnm,bmhd->bnhd", weights, value)
+        out = jnp.einsum("bhnm,bmhd->bnhd", weights.astype(value.dtype), value)
         return out.reshape(*out.shape[:2], -1)
 
 
-class Block(nn.Module):
-    """Pre-norm transformer encoder layer."""
-
-    heads: int
-    mlp_ratio: int
-    sr_ratio: int
-    grid: tuple[int, int]
-    drop_rate: float
-    attn_drop_rate: float
-    drop_path: float
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[B, N, C]` -> `[B, N, C]`."""
-        attn = EfficientAttention(
-            self.heads, self.sr_ratio, self.grid, self.drop_rate, self.attn_drop_rate, self.dtype, name="attn"
-        )
-        mlp = Mlp(x.shape[-1] * self.mlp_ratio, self.drop_rate, dtype=self.dtype, name="mlp")
-        x = x + DropPath(self.drop_path)(attn(layer_norm(1e-5, self.dtype, "norm1")(x)))
-        return x + DropPath(self.drop_path)(mlp(layer_norm(1e-5, self.dtype, "norm2")(x)))
-
-
-class ResT(nn.Module):
+class ResT(Backbone):
     """Four stages of transformer blocks at strides 4, 8, 16 and 32; no class token, no position tables.
 
-    Attributes, by stage:
-      depths: number of blocks.
-      dims: widths of tokens.
-      heads, mlp_ratios, sr_ratios: of the blocks. Stages of one head have plain softmax attention.
-    Attributes, of the whole:
-      num_classes: width of the logits.
-      image_size: unused; positions come from convolutions, so that no weight depends on the size of images.
-      drop_rate: dropout after projections and in the MLP.
-      attn_drop_rate: dropout on attention maps.
-      drop_path_rate: stochastic depth of the last block; it grows linearly from 0 over all blocks.
-      remat: recompute each block in the backward pass instead of storing what is inside it.
-      scan: compile one block a stage and loop over it (`stack.apply_blocks`); needs `remat`.
-      dtype: of activations and matrix products; norms' statistics, softmax and logits are at least float32.
+    Positions come from convolutions, so no weight depends on the size of images. Grids are rounded up.
+
+    Attributes:
+      depths, dims: number of blocks and width of tokens, per stage.
+      heads, mlp_ratios, sr_ratios: of the blocks, per stage. Stages of one head have plain softmax attention.
     """
 
     depths: tuple[int, ...]
@@ -229,43 +192,34 @@ class ResT(nn.Module):
     heads: tuple[int, ...] = (1, 2, 4, 8)
     mlp_ratios: tuple[int, ...] = (4, 4, 4, 4)
     sr_ratios: tuple[int, ...] = (8, 4, 2, 1)
-    num_classes: int = 1000
-    image_size: int | tuple[int, int] = 224
-    drop_rate: float = 0.0
-    attn_drop_rate: float = 0.0
-    drop_path_rate: float = 0.0
-    remat: bool = False
-    scan: bool = False
-    dtype: jnp.dtype = jnp.float32
 
-    # Besides vectors, which no family decays.
-    no_weight_decay = ()
+    signature = "patch_embedding_2/conv/kernel"
     strides = (4, 8, 16, 32)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Each behind its embedding."""
+        entrances = ["stem", *(f"patch_embedding_{s}" for s in range(2, len(self.depths) + 1))]
+        return tuple(
+            Stage((before,), tuple(f"stage{s}_{j}" for j in range(depth)))
+            for s, (before, depth) in enumerate(zip(entrances, self.depths, strict=True), start=1)
+        )
 
     def setup(self):
         self.norm = nn.LayerNorm(1e-5, self.dtype, use_fast_variance=False)
         self.head = nn.Dense(self.num_classes, dtype=at_least_float32(self.dtype), kernel_init=normal_init)
 
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """Logits `[B, num_classes]` of normalised images `[B, H, W, 3]`.
-
-        `train=True` normalises with the batch's statistics and updates the running ones, for which `batch_stats` must
-        be mutable. It also turns dropout and drop path on, which then need a `dropout` RNG if their rates are not zero.
-        """
-        tokens = self.norm(self.encode(images, train)[-1].x)
+        """As `Backbone`: the head reads the mean over the last map."""
+        tokens = self.norm(self.encode(images, train)[1])
         return self.head(tokens.mean((1, 2), dtype=at_least_float32(self.dtype)))
 
-    def features(self, images: jax.Array, train: bool = False) -> tuple[Level, ...]:
-        """Output of each stage's last block, without norm; strides 4, 8, 16, 32, sides rounded up."""
-        return self.encode(images, train)
-
     @nn.compact
-    def encode(self, images: jax.Array, train: bool) -> tuple[Level, ...]:
-        """The pyramid."""
-        if images.ndim != 4 or min(images.shape) < 1:
-            raise ValueError(f"images have shape {images.shape}, expected [B, H, W, C] with none of them 0")
-        drop_rate, attn_drop_rate = (self.drop_rate, self.attn_drop_rate) if train else (0.0, 0.0)
-        drop_paths = iter(np.linspace(0, self.drop_path_rate if train else 0.0, sum(self.depths)).tolist())
+    def encode(self, images: jax.Array, train: bool) -> tuple[tuple[Level, ...], jax.Array]:
+        """The pyramid and its last map."""
+        self.check_images(images)
+        drop_rate = self.drop_rate if train else 0.0
+        drop_paths = iter(self.drop_paths(train))
 
         levels = []
         x = images
@@ -277,20 +231,18 @@ class ResT(nn.Module):
             b, *grid, _ = x.shape
             grid = tuple(grid)
             x = shard_batch(x.reshape(b, -1, dim))  # [B, h * w, C]
+            heads, mlp_ratio, sr_ratio = self.heads[s - 1], self.mlp_ratios[s - 1], self.sr_ratios[s - 1]
             fields = {
-                "heads": self.heads[s - 1],
-                "mlp_ratio": self.mlp_ratios[s - 1],
-                "sr_ratio": self.sr_ratios[s - 1],
-                "grid": grid,
-                "drop_rate": drop_rate,
-                "attn_drop_rate": attn_drop_rate,
+                "attention": functools.partial(EfficientAttention, heads, sr_ratio, grid, drop_rate, self.dtype),
+                "mlp": functools.partial(Mlp, mlp_ratio, drop_rate, dtype=self.dtype),
+                "epsilon": 1e-5,
                 "dtype": self.dtype,
             }
             rates = list(itertools.islice(drop_paths, depth))
             x = apply_blocks(Block, fields, x, rates, f"stage{s}", self.remat, self.scan)
             x = x.reshape(b, *grid, dim)
             levels.append(Level(x, self.strides[s - 1]))
-        return tuple(levels)
+        return tuple(levels), x
 
 
 WIDE = (96, 192, 384, 768)

@@ -1,17 +1,15 @@
 """A stage's equal blocks one after another: unrolled, recomputed in the backward pass, or as one compiled loop."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
-from vitpyramid.models.layers import shard_batch
-
-# What the families call a stage's blocks; `NAME_0`, `NAME_1`, ... are the blocks, `NAME` all of them stacked.
-_BLOCKS = re.compile(r"(block\d|blocks|stage\d)(?:_(\d+))?")
+from vitpyramid.models.backbone import Stage
+from vitpyramid.models.sharding import shard_batch
 
 
 def apply_blocks(
@@ -61,42 +59,41 @@ class _Step(nn.Module):
         return shard_batch(block(x)), None
 
 
-def is_stacked(path: Sequence[str]) -> bool:
-    """Whether the parameter at this path is of all blocks of a stage, along its first axis."""
-    matches = (_BLOCKS.fullmatch(name) for name in path)
-    return any(match and not match[2] for match in matches)
+def is_stacked(path: str, stages: Sequence[Stage]) -> bool:
+    """Whether the parameter at this path, parts joined by "/", is of all blocks of a stage, along its first axis."""
+    return any(path.startswith(f"{_stacked(stage)}/") for stage in stages)
 
 
-def stack_blocks(params: Mapping) -> dict:
+def stack_blocks(params: Mapping, stages: Sequence[Stage]) -> dict:
     """Parameters as a model with `scan=True` has them, from those of one without.
 
     Raises:
-      ValueError: blocks of one stage that differ in shape (`t2t_vit_dense`).
+      ValueError: blocks of one stage that differ in shape (`t2t_vit_dense`, RegNetY).
     """
-    stages: dict[str, list] = {}
-    stacked = {}
-    for key in sorted(params, key=lambda key: [int(part) if part.isdigit() else part for part in key.split("_")]):
-        match = _BLOCKS.fullmatch(key)
-        if match and match[2]:
-            stages.setdefault(match[1], []).append(params[key])
-        else:
-            stacked[key] = stack_blocks(params[key]) if isinstance(params[key], Mapping) else params[key]
-    for name, blocks in stages.items():
+    flat = traverse_util.flatten_dict(params, sep="/")
+    for stage in stages:
+        blocks = [_take(flat, block) for block in stage.blocks]
         shapes = [jax.tree.map(jnp.shape, block) for block in blocks]
         if any(shape != shapes[0] for shape in shapes):
-            raise ValueError(f"the blocks of {name} differ in shape and cannot be stacked")
-        stacked[name] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
-    return stacked
+            raise ValueError(f"the blocks of {_stacked(stage)} differ in shape and cannot be stacked")
+        flat |= {f"{_stacked(stage)}/{key}": jnp.stack([block[key] for block in blocks]) for key in blocks[0]}
+    return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def unstack_blocks(params: Mapping) -> dict:
+def unstack_blocks(params: Mapping, stages: Sequence[Stage]) -> dict:
     """Parameters as a model without `scan` has them, from those of one with it; inverse of `stack_blocks`."""
-    unstacked = {}
-    for key, value in params.items():
-        match = _BLOCKS.fullmatch(key)
-        if match and not match[2]:
-            depth = len(jax.tree.leaves(value)[0])
-            unstacked |= {f"{key}_{j}": jax.tree.map(lambda leaf, j=j: leaf[j], value) for j in range(depth)}
-        else:
-            unstacked[key] = unstack_blocks(value) if isinstance(value, Mapping) else value
-    return unstacked
+    flat = traverse_util.flatten_dict(params, sep="/")
+    for stage in stages:
+        for key, value in _take(flat, _stacked(stage)).items():
+            flat |= {f"{block}/{key}": value[j] for j, block in enumerate(stage.blocks)}
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _stacked(stage: Stage) -> str:
+    """Where a stage's blocks are once stacked: `block1` for `block1_0`, `block1_1`, ..., as `apply_blocks` has it."""
+    return stage.blocks[0].removesuffix("_0")
+
+
+def _take(flat: dict, module: str) -> dict:
+    """Takes the parameters of a module out of `flat`; by path inside it."""
+    return {path.removeprefix(f"{module}/"): flat.pop(path) for path in list(flat) if path.startswith(f"{module}/")}

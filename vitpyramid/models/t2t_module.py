@@ -206,7 +206,7 @@ class TokenTransformer(nn.Module):
         """`[B, N, D]` -> `[B, N, 64]`."""
         x = SplitNorm(self.window, self.dtype, name="norm1")(x)
         x = TokenAttention(self.window, self.dtype, name="attn")(x)
-        return x + Mlp(TOKEN_DIM, dtype=self.dtype, name="mlp")(layer_norm(1e-5, self.dtype, "norm2")(x))
+        return x + Mlp(1, dtype=self.dtype, name="mlp")(layer_norm(1e-5, self.dtype, "norm2")(x))
 
 
 class TokensToToken(nn.Module):

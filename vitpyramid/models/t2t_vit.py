@@ -15,18 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitpyramid.models.attention import Block, attend
-from vitpyramid.models.layers import (
-    DropPath,
-    Mlp,
-    at_least_float32,
-    layer_norm,
-    linear,
-    normal_init,
-    shard_batch,
-    torch_bias_init,
-)
-from vitpyramid.models.pyramid import Level, Variant
+from vitpyramid.models.attention import Block, SelfAttention, attend, output_dropout
+from vitpyramid.models.backbone import Backbone, Level, PositionTable, Stage, Variant
+from vitpyramid.models.layers import Mlp, at_least_float32, linear, normal_init, torch_bias_init
+from vitpyramid.models.sharding import shard_batch
 from vitpyramid.models.stack import apply_blocks
 from vitpyramid.models.t2t_module import TokensToToken, token_grid
 
@@ -51,15 +43,8 @@ class SqueezeExcitation(nn.Module):
         return x * nn.sigmoid(linear(dim, self.dtype, "fc_2", use_bias=False)(gate))
 
 
-class SEAttention(nn.Module):
-    """Self-attention with squeeze-and-excitation behind the projection."""
-
-    heads: int
-    qkv_bias: bool
-    scale: float
-    drop_rate: float
-    attn_drop_rate: float
-    dtype: jnp.dtype
+class SEAttention(SelfAttention):
+    """Self-attention with squeeze-and-excitation behind the projection (paper section 3.2)."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -67,25 +52,9 @@ class SEAttention(nn.Module):
         b, n, dim = x.shape
         qkv = linear(3 * dim, self.dtype, "qkv", self.qkv_bias)(x)
         query, key, value = jnp.moveaxis(qkv.reshape(b, n, 3, self.heads, -1), 2, 0)
-        x = attend(self, query, key, value, self.scale, self.attn_drop_rate)
-        x = SqueezeExcitation(self.dtype, name="se_layer")(linear(dim, self.dtype, "proj")(x))
-        return nn.Dropout(self.drop_rate, deterministic=False)(x)
-
-
-class SEBlock(Block):
-    """Transformer block with squeeze-and-excitation on the attention branch (paper section 3.2)."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[B, N, C]` -> `[B, N, C]`."""
-        dim = x.shape[-1]
-        scale = (dim // self.heads) ** -0.5 if self.scale is None else self.scale
-        attn = SEAttention(
-            self.heads, self.qkv_bias, scale, self.drop_rate, self.attn_drop_rate, self.dtype, name="attn"
-        )
-        mlp = Mlp(int(dim * self.mlp_ratio), self.drop_rate, dtype=self.dtype, name="mlp")
-        x = x + DropPath(self.drop_path)(attn(layer_norm(self.epsilon, self.dtype, "norm1")(x)))
-        return x + DropPath(self.drop_path)(mlp(layer_norm(self.epsilon, self.dtype, "norm2")(x)))
+        x = linear(dim, self.dtype, "proj")(attend(self, query, key, value, self.scale))
+        x = SqueezeExcitation(self.dtype, name="se_layer")(x)
+        return output_dropout(self.drop_rate)(x)
 
 
 class CheapOperation(nn.Module):
@@ -99,15 +68,11 @@ class CheapOperation(nn.Module):
         return x * self.param("kernel", torch_bias_init(1), (1, 1, x.shape[-1])).astype(self.dtype)
 
 
-class GhostAttention(nn.Module):
-    """Self-attention whose query, key and value are computed by half; the other half is a multiple of the first."""
+class GhostAttention(SelfAttention):
+    """Self-attention whose query, key and value are computed by half (paper section 3.2).
 
-    heads: int
-    qkv_bias: bool
-    scale: float
-    drop_rate: float
-    attn_drop_rate: float
-    dtype: jnp.dtype
+    The other half is a multiple of the first.
+    """
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -118,14 +83,14 @@ class GhostAttention(nn.Module):
             half = linear(dim // 2, self.dtype, name, self.qkv_bias)(x)
             ghost = CheapOperation(self.dtype, name=f"cheap_operation_{name}")(half)
             packed.append(jnp.concatenate([half, ghost], axis=-1).reshape(b, n, self.heads, -1))
-        x = attend(self, *packed, self.scale, self.attn_drop_rate)
-        x = linear(dim, self.dtype, "proj")(x)
-        return nn.Dropout(self.drop_rate, deterministic=False)(x)
+        x = linear(dim, self.dtype, "proj")(attend(self, *packed, self.scale))
+        return output_dropout(self.drop_rate)(x)
 
 
 class GhostMlp(nn.Module):
-    """MLP whose hidden layer is computed by a third, `[B, N, C]`; the others are GELUs of multiples of the first."""
+    """MLP that computes the first C channels of its hidden layer; the others are GELUs of multiples of these."""
 
+    ratio: int
     drop_rate: float
     dtype: jnp.dtype
 
@@ -135,26 +100,11 @@ class GhostMlp(nn.Module):
         dim = x.shape[-1]
         gelu = functools.partial(nn.gelu, approximate=False)
         x = gelu(linear(dim, self.dtype, "fc1")(x))
-        ghosts = [gelu(CheapOperation(self.dtype, name=f"cheap_operation{i}")(x)) for i in (2, 3)]
-        x = jnp.concatenate([x, *ghosts], axis=-1)  # [B, N, 3 * C]
+        multiples = [CheapOperation(self.dtype, name=f"cheap_operation{i}")(x) for i in range(2, self.ratio + 1)]
+        x = jnp.concatenate([x, *map(gelu, multiples)], axis=-1)  # [B, N, ratio * C]
         x = nn.Dropout(self.drop_rate, deterministic=False)(x)
         x = linear(dim, self.dtype, "fc2")(x)
         return nn.Dropout(self.drop_rate, deterministic=False)(x)
-
-
-class GhostBlock(Block):
-    """Transformer block with ghost attention and ghost MLP (paper section 3.2). `mlp_ratio` is not used: it is 3."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[B, N, C]` -> `[B, N, C]`."""
-        scale = (x.shape[-1] // self.heads) ** -0.5 if self.scale is None else self.scale
-        attn = GhostAttention(
-            self.heads, self.qkv_bias, scale, self.drop_rate, self.attn_drop_rate, self.dtype, name="attn"
-        )
-        mlp = GhostMlp(self.drop_rate, self.dtype, name="mlp")
-        x = x + DropPath(self.drop_path)(attn(layer_norm(self.epsilon, self.dtype, "norm1")(x)))
-        return x + DropPath(self.drop_path)(mlp(layer_norm(self.epsilon, self.dtype, "norm2")(x)))
 
 
 class DenseBlock(Block):
@@ -180,26 +130,18 @@ class Transition(nn.Module):
         return nn.gelu(linear(x.shape[-1] // 2, self.dtype, "linear")(x), approximate=False)
 
 
-class T2TViT(nn.Module):
-    """Tokens-to-token module and a deep, narrow backbone of transformer blocks at stride 16.
+class T2TViT(Backbone):
+    """Tokens-to-token module and a deep, narrow backbone of transformer blocks.
+
+    The one map is of the patch tokens, at stride 16; its sides are `token_grid(H, W)`.
 
     Attributes:
       embed_dim, depth, heads, mlp_ratio: of the backbone, Table 1 of the paper (depth as in the code and weights).
       tokens_type: kind of the tokens-to-token module: "performer", "transformer" or "convolution".
-      block: class of the backbone's blocks.
+      attention, mlp: classes that the backbone's blocks are made of.
       qk_scale: of the attention logits of the backbone; None: `d ** -0.5` for heads of width `d`, as the published
         weights were trained.
-      num_classes: size of the head.
-      image_size: input size (side, or height and width) whose number of tokens the stored position table has. Any other
-        size can be given at call time; a sinusoid is then made for it.
       token_drop_rate: dropout of the performer. It is 0.1 in the official code whatever the other rates are.
-      drop_rate: dropout after positions, projections and in the MLP of the backbone.
-      attn_drop_rate: dropout on attention maps of the backbone.
-      drop_path_rate: stochastic depth of the last block; it grows linearly from 0 over all blocks.
-      remat: recompute each block and attention layer in the backward pass instead of storing what is inside it.
-      scan: compile one block and loop over it (`stack.apply_blocks`); needs `remat`. Not for dense blocks.
-      dtype: of activations and matrix products; norms' statistics, softmax, the performer's features and logits are at
-        least float32.
     """
 
     embed_dim: int
@@ -207,106 +149,109 @@ class T2TViT(nn.Module):
     heads: int
     mlp_ratio: float
     tokens_type: str = "performer"
-    block: type[Block] = Block
+    attention: type[nn.Module] = SelfAttention
+    mlp: type[nn.Module] = Mlp
     qk_scale: float | None = None
-    num_classes: int = 1000
-    image_size: int | tuple[int, int] = 224
     token_drop_rate: float = 0.1
-    drop_rate: float = 0.0
-    attn_drop_rate: float = 0.0
-    drop_path_rate: float = 0.0
-    remat: bool = False
-    scan: bool = False
-    dtype: jnp.dtype = jnp.float32
 
-    # Besides vectors, which no family decays.
-    no_weight_decay = ("cls_token",)
+    signature = "tokens_to_token/project/kernel"
     strides = (16,)
+    least_side = 3
+    no_weight_decay = ("cls_token",)
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """One."""
+        return (Stage(("tokens_to_token", "cls_token"), tuple(f"blocks_{j}" for j in range(self.depth))),)
+
+    @property
+    def position_tables(self) -> tuple[PositionTable, ...]:
+        """The sinusoid, which is not trained."""
+        return (PositionTable("constants/pos_embed", token_grid(*self.height_width), extra=1),)
 
     def setup(self):
         self.norm = nn.LayerNorm(1e-5, self.dtype, use_fast_variance=False)
         self.head = nn.Dense(self.num_classes, dtype=at_least_float32(self.dtype), kernel_init=normal_init)
 
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """Logits `[B, num_classes]` of normalised images `[B, H, W, 3]`, both sides at least 3.
-
-        `train=True` turns dropout and drop path on, which then need a `dropout` RNG if their rates are not zero.
-        """
-        tokens, _ = self.encode(images, train)
-        return self.head(self.norm(tokens[:, 0]))
-
-    def features(self, images: jax.Array, train: bool = False) -> tuple[Level, ...]:
-        """Patch tokens of the last block as one map, without norm; stride 16, sides `token_grid(H, W)`."""
-        tokens, grid = self.encode(images, train)
-        x = tokens[:, 1:].reshape(tokens.shape[0], *grid, -1)
-        return (Level(x, self.strides[0]),)
-
     @nn.compact
-    def encode(self, images: jax.Array, train: bool) -> tuple[jax.Array, tuple[int, int]]:
-        """Tokens after the last block `[B, 1 + h * w, C]`, the class token first; the grid `(h, w)`."""
-        if images.ndim != 4 or min(images.shape[1:3]) < 3:
-            raise ValueError(f"images have shape {images.shape}, expected [B, H, W, C] with H and W at least 3")
-        names = ("token_drop_rate", "drop_rate", "attn_drop_rate", "drop_path_rate")
-        token_drop, drop, attn_drop, drop_path = (getattr(self, name) if train else 0.0 for name in names)
-        x = TokensToToken(self.embed_dim, self.tokens_type, token_drop, self.remat, self.dtype, name="tokens_to_token")(
-            images
+    def encode(self, images: jax.Array, train: bool) -> tuple[tuple[Level, ...], jax.Array]:
+        """The map and the class token `[B, C]`."""
+        self.check_images(images)
+        token_drop_rate, drop_rate = (self.token_drop_rate, self.drop_rate) if train else (0.0, 0.0)
+        tokens_to_token = TokensToToken(
+            self.embed_dim, self.tokens_type, token_drop_rate, self.remat, self.dtype, name="tokens_to_token"
         )
+        x = tokens_to_token(images)
         b, *grid, dim = x.shape
         x = x.reshape(b, -1, dim)  # [B, h * w, C]
         class_token = self.param("cls_token", normal_init, (1, 1, dim))
         class_token = jnp.broadcast_to(class_token, (b, 1, dim)).astype(self.dtype)
         x = jnp.concatenate([class_token, x], axis=1)  # [B, 1 + h * w, C]
         x = x + self.positions(x.shape[1], dim).astype(self.dtype)
-        x = shard_batch(nn.Dropout(drop, deterministic=False)(x))
-        fields = {
-            "heads": self.heads,
-            "mlp_ratio": self.mlp_ratio,
-            "epsilon": 1e-5,
-            "qkv_bias": False,
-            "scale": self.qk_scale,
-            "drop_rate": drop,
-            "attn_drop_rate": attn_drop,
-            "dtype": self.dtype,
-        }
-        return self.backbone(x, fields, np.linspace(0, drop_path, self.depth).tolist()), tuple(grid)
+        x = shard_batch(nn.Dropout(drop_rate, deterministic=False)(x))
+        x = self.backbone(
+            x,
+            {
+                "attention": functools.partial(
+                    self.attention, self.heads, False, self.qk_scale, drop_rate, dtype=self.dtype
+                ),
+                "mlp": functools.partial(self.mlp, self.mlp_ratio, drop_rate, dtype=self.dtype),
+                "epsilon": 1e-5,
+                "dtype": self.dtype,
+            },
+            self.drop_paths(train),
+        )
+        return (Level(x[:, 1:].reshape(b, *grid, -1), self.strides[0]),), x[:, 0]
 
     def positions(self, tokens: int, dim: int) -> jax.Array:
-        """Sinusoid `[1, tokens, dim]`: the stored one, which is not trained, if it has as many tokens."""
-        size = self.image_size
-        height, width = token_grid(*((size, size) if isinstance(size, int) else size))
-        stored = self.variable("constants", "pos_embed", lambda: jnp.asarray(sinusoid(1 + height * width, dim))).value
+        """Sinusoid `[1, tokens, dim]`: the stored one if it has as many tokens."""
+        (native,) = self.position_tables
+        slots = native.extra + native.grid[0] * native.grid[1]
+        stored = self.variable("constants", "pos_embed", lambda: jnp.asarray(sinusoid(slots, dim))).value
         return stored if stored.shape[1] == tokens else jnp.asarray(sinusoid(tokens, dim))
 
     def backbone(self, x: jax.Array, fields: dict, drop_paths: list[float]) -> jax.Array:
         """The blocks one after another, `[B, N, C]` -> `[B, N, C]`; `fields` are those that all blocks share."""
-        return apply_blocks(self.block, fields, x, drop_paths, "blocks", self.remat, self.scan)
+        return apply_blocks(Block, fields, x, drop_paths, "blocks", self.remat, self.scan)
 
 
 class T2TViTDense(T2TViT):
     """T2T-ViT with dense connections: each block widens its input, a transition between groups halves the width.
 
+    Blocks differ in shape: `scan` other than False is a `ValueError`. `depth` is the length of the drop path schedule,
+    as in the official code, which builds it for 12 blocks and gives all blocks of group `g` its entry `g`.
+
     Attributes:
       groups: blocks in each group.
       growth: channels that a block appends.
-      depth: not a number of blocks but the length of the drop path schedule, of which group `g` takes entry `g`: so
-        it is in the official code.
     """
 
-    block: type[Block] = DenseBlock
     groups: tuple[int, ...] = (3, 6, 6, 4)
     growth: int = 64
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """One; its list of blocks has the transitions in it."""
+        (stage,) = super().stages
+        count = sum(self.groups) + len(self.groups) - 1
+        return (Stage(stage.before, tuple(f"blocks_{j}" for j in range(count))),)
+
+    @nn.nowrap
+    def drop_paths(self, train: bool) -> list[float]:
+        """Rate of stochastic depth of each group."""
+        return np.linspace(0, self.drop_path_rate if train else 0.0, self.depth).tolist()[: len(self.groups)]
 
     def backbone(self, x: jax.Array, fields: dict, drop_paths: list[float]) -> jax.Array:
         """Groups of blocks with transitions between them, `[B, N, C]` -> `[B, N, C']`; numbered as one list."""
         if self.scan:
             raise ValueError("scan=True: expected False, dense blocks differ in shape and cannot be one loop")
-        block = nn.remat(self.block) if self.remat else self.block
+        block = nn.remat(DenseBlock) if self.remat else DenseBlock
         names = (f"blocks_{i}" for i in itertools.count())
-        for group, depth in enumerate(self.groups):
+        for group, (depth, drop_path) in enumerate(zip(self.groups, drop_paths, strict=True)):
             if group > 0:
                 x = Transition(self.dtype, name=next(names))(x)
             for _ in range(depth):
-                x = block(**fields, growth=self.growth, drop_path=drop_paths[group], name=next(names))(x)
+                x = block(**fields, growth=self.growth, drop_path=drop_path, name=next(names))(x)
                 x = shard_batch(x)
         return x
 
@@ -328,8 +273,8 @@ VARIANTS = {
     # Studies of the paper (Tables 6 and 7). Their weights were not released.
     "t2t_vit_14_resnext": _variant(T2TViT(384, 14, 32, 3), 21_465_806, 4.8, 81.5),
     "t2t_vit_14_wide": _variant(T2TViT(768, 4, 12, 3), 25_000_910, 5.0, 77.9),
-    "t2t_vit_14_se": _variant(T2TViT(384, 14, 6, 3, block=SEBlock), 21_723_854, 4.9, 81.6),
-    "t2t_vit_16_ghost": _variant(T2TViT(384, 16, 6, 3, block=GhostBlock), 16_173_518, 3.7, 79.5),
+    "t2t_vit_14_se": _variant(T2TViT(384, 14, 6, 3, attention=SEAttention), 21_723_854, 4.9, 81.6),
+    "t2t_vit_16_ghost": _variant(T2TViT(384, 16, 6, 3, attention=GhostAttention, mlp=GhostMlp), 16_173_518, 3.7, 79.5),
     "t2t_vit_dense": _variant(T2TViTDense(128, 12, 8, 2), 23_617_750, 5.5, 80.6),
     "t2t_vit_c_14": _variant(T2TViT(384, 14, 6, 3, "convolution"), 21_346_344, 4.6, 80.8),
     # Not from the paper: for small images and small machines.

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from vitpyramid.data.augment import Size, decode, eval_crop, height_width
 from vitpyramid.data.folder import EXTENSIONS
-from vitpyramid.models.pyramid import Variant
+from vitpyramid.models.backbone import Variant
 from vitpyramid.models.registry import create_model, get_variant, list_models
 from vitpyramid.tools.arguments import at_least
 from vitpyramid.tools.summary import image_size

@@ -5,12 +5,13 @@ Heo et al., "AdamP: Slowing Down the Slowdown for Momentum Optimizers on Scale-i
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from vitpyramid.models.backbone import Stage
 from vitpyramid.models.stack import is_stacked
 
 DELTA = 0.1
@@ -18,7 +19,7 @@ DECAY_RATIO = 0.01
 
 
 def scale_by_adamp(
-    beta1: float, beta2: float, eps: float, weight_decay: float, decayed: Callable
+    beta1: float, beta2: float, eps: float, weight_decay: float, decayed: Callable, stages: Sequence[Stage] = ()
 ) -> optax.GradientTransformation:
     """Directions that `optax.scale_by_learning_rate` turns into AdamP's steps, decoupled weight decay included.
 
@@ -29,6 +30,7 @@ def scale_by_adamp(
     Args:
       weight_decay: as PyTorch's, to be multiplied by the learning rate.
       decayed: from parameters to a tree of bools.
+      stages: of the model.
     """
 
     def init(params) -> optax.ScaleByAdamState:
@@ -42,9 +44,8 @@ def scale_by_adamp(
         def direction(path, param, grad, m, v, decays):
             root = jnp.sqrt(v) / jnp.sqrt(1 - beta2 ** count.astype(v.dtype)) + eps
             step = (beta1 * m + (1 - beta1) * grad) / root
-            names = [part.key for part in path]
-            last = names[-1] == "kernel"
-            if is_stacked(names):
+            last = path[-1].key == "kernel"
+            if is_stacked(jax.tree_util.keystr(path, simple=True, separator="/"), stages):
                 step, ratio = jax.vmap(lambda *arrays: _project(*arrays, last, eps))(param, grad, step)
                 ratio = ratio.reshape(-1, *[1] * (param.ndim - 1))
             else:

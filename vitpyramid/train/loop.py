@@ -80,7 +80,7 @@ def train(config: ConfigDict, workdir: Path, allow_config_change: bool = False) 
         else:
             state = create_state(program.init, program.state)
             if weights is not None:
-                state = with_weights(state, weights[1], config.model.scan)
+                state = with_weights(state, weights[1], program.model)
         teacher_variables = jax.tree.map(
             lambda leaf, to: jax.device_put(leaf, to.sharding), teacher[1] if teacher else {}, program.teacher
         )

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from vitpyramid.models.layers import BATCH_AXES
+from vitpyramid.models.sharding import BATCH_AXES
 
 # Parameters smaller than this are copied to every device: gathering them costs more than they take.
 MIN_SHARDED_SIZE = 2**14

@@ -9,13 +9,9 @@ import optax
 from flax import traverse_util
 from ml_collections import ConfigDict
 
+from vitpyramid.models.backbone import Backbone
 from vitpyramid.train.adamp import scale_by_adamp
 from vitpyramid.train.schedule import Horizon, make_schedule
-
-# A block's path: the stage's number, if its family has stages, and the block's.
-_BLOCK = re.compile(r"(?:block(\d)_(\d+)|stage(\d)_(\d+)|transformers_(\d)/blocks_(\d+)|blocks_(\d+))/")
-# What stands before a stage: its number. What has no number stands before the first.
-_ENTRANCE = re.compile(r"(?:patch_embed|patch_embedding_|pos_embed)(\d)|pools_(\d)/")
 
 
 class Optimizer(NamedTuple):
@@ -41,8 +37,8 @@ def decay_mask(params, no_weight_decay: tuple[str, ...]):
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in exempt, params)
 
 
-def make_optimizer(config: ConfigDict, horizon: Horizon, params, no_weight_decay: tuple[str, ...]) -> Optimizer:
-    """The optimizer of a config for parameters of these shapes.
+def make_optimizer(config: ConfigDict, horizon: Horizon, params, model: Backbone) -> Optimizer:
+    """The optimizer of a config for parameters of `model`, which says what is not decayed and what a layer is.
 
     Gradients are clipped by the global norm of the trainable ones, then follow the rule `optim.name`, then the learning
     rate of each parameter: the schedule with the peak that `optim.lr_rules` gives it, times `optim.layer_decay` once
@@ -52,18 +48,21 @@ def make_optimizer(config: ConfigDict, horizon: Horizon, params, no_weight_decay
       params: tree of arrays or shapes.
 
     Raises:
-      ValueError: a parameter that no rule of `optim.lr_rules` covers, or a rule that covers none.
+      ValueError: a parameter that no rule of `optim.lr_rules` covers, or a rule that covers none; with
+        `optim.layer_decay`, a parameter of no layer that the model declares.
     """
     optim = config.optim
     factors = lr_factors(params, optim.lr_rules)
     trainable = jax.tree.map(lambda factor: factor > 0, factors)
-    scales = jax.tree.map(lambda depth: optim.layer_decay**depth, layers_to_head(params))
+    scales = jax.tree.map(lambda _: 1.0, params)
+    if optim.layer_decay != 1:
+        scales = jax.tree.map(lambda depth: optim.layer_decay**depth, layers_to_head(params, model))
 
     def decayed(tree):
-        return jax.tree.map(lambda _: True, tree) if optim.decay_vectors else decay_mask(tree, no_weight_decay)
+        return jax.tree.map(lambda _: True, tree) if optim.decay_vectors else decay_mask(tree, model.no_weight_decay)
 
     if optim.name == "adamp":
-        rule = [scale_by_adamp(optim.beta1, optim.beta2, optim.eps, optim.weight_decay, decayed)]
+        rule = [scale_by_adamp(optim.beta1, optim.beta2, optim.eps, optim.weight_decay, decayed, model.stages)]
     elif optim.name == "sgd":  # PyTorch's: decay joins the gradient, before the momentum
         rule = [optax.add_decayed_weights(optim.weight_decay, decayed), optax.trace(optim.momentum)]
     else:
@@ -102,33 +101,31 @@ def lr_factors(params, rules: tuple[tuple[str, float], ...]):
     return traverse_util.unflatten_dict({path: float(rule[1]) for path, rule in matches.items()}, sep="/")
 
 
-def layers_to_head(params):
+def layers_to_head(params, model: Backbone):
     """For each parameter the number of layers from its own to the head: 0 for the head and the last norm.
 
     A layer is a block; what stands before a stage counts with the last block of the stage before, what stands before
     the first block is a layer of its own (BEiT's rule, arXiv 2106.08254, appendix).
+
+    Raises:
+      ValueError: a parameter that is in none of `model.stages` and not in `model.after`.
     """
-    flat = traverse_util.flatten_dict(params, sep="/")
-    blocks = sorted({block for path in flat if (block := _block(path)) is not None})
+    layers = dict.fromkeys(model.after, 0)
+    left = sum(len(stage.blocks) for stage in model.stages)
+    for stage in model.stages:
+        layers |= dict.fromkeys(stage.before, left + 1)
+        layers |= {block: left - j for j, block in enumerate(stage.blocks)}
+        left -= len(stage.blocks)
 
     def depth(path: str) -> int:
-        block = _block(path)
-        if block is not None:
-            return len(blocks) - blocks.index(block)
-        if path.split("/")[0] in ("head", "head_dist", "norm"):
-            return 0
-        entrance = _ENTRANCE.match(path)
-        # pools_0 stands before PiT's stage 1, patch_embed1 before PVT's stage 1
-        stage = 0 if entrance is None else int(entrance[1] or int(entrance[2]) + 1)
-        return len(blocks) + 1 - sum(block[0] < stage for block in blocks)
+        parts = path.split("/")
+        layer = next((part for n in range(len(parts)) if (part := "/".join(parts[: n + 1])) in layers), None)
+        if layer is None:
+            raise ValueError(f"{path}: expected in the stages of {type(model).__name__} or behind them, it is in none")
+        return layers[layer]
 
+    flat = traverse_util.flatten_dict(params, sep="/")
     return traverse_util.unflatten_dict({path: depth(path) for path in flat}, sep="/")
-
-
-def _block(path: str) -> tuple[int, int] | None:
-    match = _BLOCK.match(path)
-    numbers = [int(group) for group in match.groups() if group is not None] if match else []
-    return (*[0] * (2 - len(numbers)), *numbers) if numbers else None
 
 
 def _scale_by_learning_rates(config: ConfigDict, horizon: Horizon, factors, scales) -> optax.GradientTransformation:

@@ -60,7 +60,7 @@ def build(config: ConfigDict, num_examples: int, mesh: Mesh, teacher: tuple[nn.M
     images = jax.ShapeDtypeStruct((jax.device_count(), size, size, 3), model.dtype)
     params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
     try:
-        optimizer = make_optimizer(config, horizon, params, model.no_weight_decay)
+        optimizer = make_optimizer(config, horizon, params, model)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     teacher_model, teacher_variables = teacher or (None, {})

@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from vitpyramid.models.backbone import Backbone
 from vitpyramid.models.registry import create_model
 from vitpyramid.models.stack import stack_blocks
 from vitpyramid.train import mesh as meshes
@@ -91,9 +92,9 @@ def create_state(init, abstract) -> TrainState:
     return jax.jit(init, out_shardings=shardings, compiler_options=options)()
 
 
-def with_weights(state: TrainState, variables: dict, scan: bool) -> TrainState:
+def with_weights(state: TrainState, variables: dict, model: Backbone) -> TrainState:
     """The state with other weights, of a model without `scan`; a moving average starts from them as well."""
-    params = stack_blocks(variables["params"]) if scan else variables["params"]
+    params = stack_blocks(variables["params"], model.stages) if model.scan else variables["params"]
     variables = {**variables, "params": params}
 
     def put(new: dict, old: dict) -> dict:

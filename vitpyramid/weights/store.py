@@ -11,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
+from vitpyramid.models.registry import create_model
 from vitpyramid.models.stack import unstack_blocks
 
 FOLDER = "checkpoints"
@@ -86,7 +87,7 @@ def read_weights(folder: Path, weights: str = "auto") -> Stored:
     variables = state["ema"] if average else {"params": state["params"], **state.get("model_state", {})}
     network = dict(meta["network"])
     if network.pop("scan"):
-        variables = {**variables, "params": unstack_blocks(variables["params"])}
+        variables = {**variables, "params": unstack_blocks(variables["params"], create_model(network["name"]).stages)}
     return Stored(network, variables, "ema" if average else "raw", step)
 
 
