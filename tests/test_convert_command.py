@@ -20,6 +20,7 @@ from vitpyramid.train.mesh import make_mesh
 from vitpyramid.train.program import build
 from vitpyramid.train.state import create_state
 from vitpyramid.weights import names
+from vitpyramid.weights.store import write_weights
 
 
 def run(monkeypatch, *arguments) -> int:
@@ -81,9 +82,13 @@ def test_load_pretrained_gives_the_same_from_file_and_folder(monkeypatch, tmp_pa
     model, variables = vitpyramid.load_pretrained(weights)
     assert (type(model).__name__, model.num_classes, model.image_size) == ("PVT", 10, 32)
     assert_same(variables, names.torch_to_flax("pvt_micro", random_state_dict("pvt_micro")))
-    other_model, other = vitpyramid.load_pretrained(tmp_path / "out", "pvt_micro")
-    assert other_model == model
-    assert_same(other, variables)
+    for changes in ({}, {"num_classes": 7, "image_size": 64, "seed": 1}):
+        model, variables = vitpyramid.load_pretrained(weights, **changes)
+        other_model, other = vitpyramid.load_pretrained(tmp_path / "out", "pvt_micro", **changes)
+        assert other_model == model
+        assert_same(other, variables)
+    assert variables["params"]["head"]["kernel"].shape == (256, 7)
+    assert variables["params"]["pos_embed1"].shape == (1, 16 * 16, 32)
     with pytest.raises(ValueError, match=r"expected weights of pvt_tiny, these are of pvt_micro"):
         vitpyramid.load_pretrained(tmp_path / "out", "pvt_tiny")
     with pytest.raises(ValueError, match=r"weights\.safetensors: these are not the parameters of pvt_tiny"):
@@ -155,6 +160,16 @@ def test_load_pretrained_takes_a_work_directory(tmp_path, scan):
     assert_same(average, jax.tree.map(lambda leaf: leaf + 1, raw))
     if not scan:
         assert_same(raw, jax.device_get(state.variables))
+
+
+def test_a_folder_with_weights_of_another_network_is_an_error(tmp_path):
+    variables = names.torch_to_flax("pvt_micro", random_state_dict("pvt_micro"))
+    del variables["params"]["cls_token"]
+    write_weights(tmp_path, {"name": "pvt_micro", "num_classes": 11, "image_size": 32}, variables)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}: these are not the parameters of pvt_micro") as error:
+        vitpyramid.load_pretrained(tmp_path, num_classes=7)
+    assert "missing (1):\n  params/cls_token" in str(error.value)
+    assert "params/head/kernel (256, 10), expected (256, 11)" in str(error.value)
 
 
 def test_a_folder_without_checkpoint_is_an_error(tmp_path):

@@ -59,15 +59,15 @@ def to_orbax(
     print(f"took {contents.container}, {contents.names} names")
     converted = import_weights(contents, name, num_classes, image_size, allow, seed)
     params = sum(array.size for array in jax.tree.leaves(converted.variables["params"]))
+    network = converted.network
     print(
-        f"{'recognised' if name is None else 'is'} {converted.name}, {converted.num_classes} classes, "
-        f"{converted.image_size} x {converted.image_size} pixels, {params:,} parameters"
+        f"{'recognised' if name is None else 'is'} {network['name']}, {network['num_classes']} classes, "
+        f"{network['image_size']} x {network['image_size']} pixels, {params:,} parameters"
     )
     for kind, keys in converted.notes.items():
         print(f"{kind} ({len(keys)}): {', '.join(keys[:LISTED])}{', ...' if len(keys) > LISTED else ''}")
     dtypes = sorted({str(array.dtype) for array in contents.state_dict.values()})
     contents.state_dict.clear()  # the file's memory, before writing takes some of its own
-    network = {"name": converted.name, "num_classes": converted.num_classes, "image_size": converted.image_size}
     write_weights(out, network, converted.variables)
     report = {
         "source": str(source),
