@@ -16,8 +16,8 @@ from harness import random_state_dict
 from vitpyramid.tools import convert as command
 from vitpyramid.train import checkpoint, loop
 from vitpyramid.train.config import ConfigError
-from vitpyramid.train.mesh import make_mesh
 from vitpyramid.train.program import build
+from vitpyramid.train.sharding import make_mesh
 from vitpyramid.train.state import create_state
 from vitpyramid.weights import names
 from vitpyramid.weights.store import write_weights

@@ -17,7 +17,7 @@ from rest_by_hand import Numpy, torch_weights
 from vitpyramid.models.layers import DropPath
 from vitpyramid.models.registry import create_model, get_variant
 from vitpyramid.models.rest import BatchNorm, Block, HeadMixing, ResT, instance_norm
-from vitpyramid.train.mesh import make_mesh
+from vitpyramid.train.sharding import make_mesh
 from vitpyramid.weights import flax_to_torch, torch_to_flax
 
 VARIANTS = {"rest_lite": 10_508_300, "rest_small": 13_679_708, "rest_base": 30_327_052, "rest_large": 51_676_156}

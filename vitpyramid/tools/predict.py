@@ -29,9 +29,9 @@ from vitpyramid.data.augment import Size, decode, eval_crop, height_width
 from vitpyramid.data.folder import EXTENSIONS
 from vitpyramid.models.backbone import Variant
 from vitpyramid.models.registry import create_model, get_variant, list_models
+from vitpyramid.tasks.prepare import normalise
 from vitpyramid.tools.arguments import at_least
 from vitpyramid.tools.summary import image_size
-from vitpyramid.train.step import normalise
 from vitpyramid.weights import load_pretrained
 
 # The first words of the synsets of ILSVRC 2012 in its order, as torchvision lists them (BSD-3-Clause), which tells both
