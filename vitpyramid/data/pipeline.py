@@ -4,7 +4,11 @@ import atexit
 import functools
 import itertools
 import logging
+import multiprocessing
+import os
 import sys
+import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -29,10 +33,10 @@ def make_train(
 ) -> "BatchIterator":
     """Returns the endless training stream of one host, from batch `start_step` on.
 
-    The stream is one permutation of the split after another, a fresh one each time round. Batches straddle them, so
-    every global batch is full and no example is ever dropped: an epoch of floor(N / B) steps, as schedules count, draws
-    N - N mod B examples, and those it leaves come first in the next one. `data.repeats` changes that, see
-    `vitpyramid.data.order`.
+    The stream is a permutation of the split, then another one, and so on, cut into batches of B = `batch_size`. So
+    every batch is full and no example is dropped; a batch may hold the end of one permutation and the beginning of the
+    next. Schedules call floor(N / B) steps an epoch of N examples; the next epoch goes on with the example after the
+    last one drawn, also within a permutation. `data.repeats` changes that, see `vitpyramid.data.order`.
 
     Host h holds the rows [h * b, (h + 1) * b) of each global batch: side by side the hosts' batches are the batch that
     one host would have. Batch k depends on `config.seed`, `data.repeats` and k alone, not on the number of hosts,
@@ -147,7 +151,8 @@ class BatchIterator(Iterator[Batch]):
             # keeps each worker's last piece in a cycle, and shared memory would be reported leaked at exit.
             options = grain.experimental.DatasetOptions(min_shm_size=0 if endless else sys.maxsize)
             dataset = grain.experimental.WithOptionsIterDataset(dataset, options)
-            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+            options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+            dataset = dataset.mp_prefetch(options, _end_with_parent)
         self._iterator = iter(dataset)
         _OPEN.add(self)
 
@@ -180,6 +185,21 @@ def _close_all() -> None:
     # Left to the interpreter's teardown, Grain's destructors find their modules gone: noise and leaked shared memory.
     for iterator in list(_OPEN):
         iterator.close()
+
+
+def _end_with_parent(worker: int, workers: int) -> None:
+    """Runs in each worker: lets it end when the process that started it is gone, be it by SIGKILL."""
+    del worker, workers
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    # Waits on a pipe. Linux's PR_SET_PDEATHSIG would fire when the thread ends that started the worker.
+    multiprocessing.parent_process().join()
+    # By then the worker waits for room in its queue, so that it is not killed between making shared memory and
+    # registering it. With the last worker ends the resource tracker of multiprocessing, which frees what is registered.
+    time.sleep(1)
+    os._exit(1)
 
 
 def _train_example(
