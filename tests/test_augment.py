@@ -357,6 +357,42 @@ def test_more_than_50_megapixels():
     assert (image == 80).all()
 
 
+def claims(side):
+    """A JPEG of a few hundred bytes whose header says that it has side x side pixels."""
+    data = bytearray(encoded(Image.new("L", (64, 64), 80), "jpeg"))
+    place = data.index(b"\xff\xc0") + 5
+    data[place : place + 4] = 2 * side.to_bytes(2, "big")
+    return bytes(data)
+
+
+@pytest.mark.parametrize("decoder", ["simplejpeg", "Pillow"])
+def test_every_decoder_has_pillows_limit_of_pixels(monkeypatch, decoder):
+    if decoder == "Pillow":
+        by_pillow_alone(monkeypatch)
+    message = "not a readable image .*: Image size .400000000 pixels. exceeds limit of 178956970 pixels"  # twice MAX_IMAGE_PIXELS
+    for chosen in settings(), settings(crop_padding=4):
+        with pytest.raises(ValueError, match=message):
+            augment.train_image(claims(20_000), np.random.default_rng(0), chosen)
+    with pytest.raises(ValueError, match=message):
+        augment.eval_image(claims(20_000), settings())
+
+
+@pytest.mark.parametrize("decoder", ["simplejpeg", "Pillow"])
+def test_the_limit_can_be_moved(monkeypatch, decoder):
+    if decoder == "Pillow":
+        by_pillow_alone(monkeypatch)
+    data = encoded(Image.new("L", (40, 25), 80), "jpeg")
+    for limit in 500, 1000, None:  # twice the limit is allowed, with a warning
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert augment.decode(data).size == (40, 25)
+        assert [one.category for one in caught] == ([Image.DecompressionBombWarning] if limit == 500 else [])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 499)
+    with pytest.raises(ValueError, match="1000 pixels. exceeds limit of 998 pixels"):
+        augment.decode(data)
+
+
 def test_orientation_is_ignored():
     photo, exif = Image.fromarray(skimage.data.chelsea()), Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
