@@ -3,8 +3,10 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
+import sys
 import textwrap
 
 import numpy as np
@@ -135,6 +137,9 @@ def test_sub_splits_partition_the_split(data_dir):
         ("no_such_set", "train", ["data.name", "'no_such_set'", "data.data_dir"]),
         ("imagenet2012", "train", ["data.name", "data.data_dir", "tfds build imagenet2012 --file_format=array_record"]),
         ("tiny_text", "train", ["data.name", "'tiny_text'", "'image'", "'label'"]),
+        ("tiny_scans:9.9.9", "train", ["data.name", "'tiny_scans:9.9.9'", "data.data_dir", ":VERSION", "only: 1.0.0"]),
+        ("tiny_scans/half", "train", ["data.name", "'tiny_scans/half'", "/CONFIG", "BuilderConfig half not found"]),
+        ("no set", "train", ["data.name", "'no set'", "NAME", "Parsing builder name string no set failed"]),
     ],
 )
 def test_open_source_errors_say_what_to_change(data_dir, name, split, words):
@@ -154,3 +159,22 @@ def test_other_formats_are_refused_with_the_conversion(data_dir, tmp_path):
     info.write_text(json.dumps(json.loads(info.read_text()) | {"fileFormat": "parquet"}))
     with pytest.raises(ValueError, match=r"parquet.*\n.*tfds convert_format --dataset_version_dir=.*array_record"):
         open_source(make_config(tmp_path, **{"data.name": "tiny_scans"}).data, "train")
+
+
+@pytest.mark.parametrize("name", ["tiny_scans", "digits", "own_set"])
+@pytest.mark.parametrize("content", [b"", b'{"name": "tiny', b"[7]", b'{"splits": 7}', b"\xff"])
+def test_a_damaged_dataset_info_is_told_in_a_line(data_dir, tmp_path, name, content):
+    shutil.copytree(data_dir / "tiny_scans", tmp_path / name)
+    (tmp_path / name / "1.0.0" / "dataset_info.json").write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        open_source(make_config(tmp_path, **{"data.name": name}).data, "train")
+    start = rf"data\.name / data\.data_dir: cannot open '{name}' in '{tmp_path}', expected "
+    assert re.fullmatch(start + r".*dataset_info.json .*\(.+\)", str(error.value))
+
+
+@pytest.mark.parametrize("name", ["imagenet2012", "digits"])
+def test_a_missing_package_is_told_in_a_line(monkeypatch, name):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    expected = rf"cannot open '{name}' in 'gs://bucket/sets', expected .*packages [^\n]*install gcsfs"
+    with pytest.raises(ValueError, match=expected):
+        open_source(make_config("gs://bucket/sets", **{"data.name": name}).data, "train")

@@ -98,7 +98,8 @@ def make_eval(config, source: Source, process_index: int = 0, process_count: int
       True for an example that cannot be read: black, label 0 and mask False, like padding.
 
     Raises:
-      ValueError: as `make_train`.
+      ValueError: as `make_train`. From the iterator, at the end: with `on_corrupt` "skip", not one of this host's
+        examples can be read.
     """
     rows = host_rows("eval.batch_size", config.eval.batch_size, process_index, process_count)
     load = functools.partial(
@@ -109,14 +110,15 @@ def make_eval(config, source: Source, process_index: int = 0, process_count: int
     )
     padded = -(-len(source) // config.eval.batch_size) * config.eval.batch_size
     mine = HostRows(grain.MapDataset.range(padded).map(load), rows, process_index, process_count)
-    return EvalBatches(mine, rows, config.data.threads, config.data.workers)
+    return EvalBatches(mine, source, rows, config.data.threads, config.data.workers)
 
 
 class EvalBatches:
     """A sized, re-iterable run of batches; every `iter` starts from the first one."""
 
-    def __init__(self, examples: grain.MapDataset, rows: int, threads: int, workers: int):
+    def __init__(self, examples: grain.MapDataset, source: Source, rows: int, threads: int, workers: int):
         self._examples = examples
+        self._source = source
         self._rows = rows
         self._threads = threads
         self._workers = workers
@@ -124,8 +126,21 @@ class EvalBatches:
     def __len__(self) -> int:
         return len(self._examples) // self._rows
 
-    def __iter__(self) -> "BatchIterator":
-        return BatchIterator(self._examples, self._rows, self._threads, self._workers, endless=False)
+    def __iter__(self) -> Iterator[Batch]:
+        batches = BatchIterator(self._examples, self._rows, self._threads, self._workers, endless=False)
+        read = skipped = 0
+        try:
+            for batch in batches:
+                read += batch["mask"].sum()
+                skipped += batch["skipped"].sum() if "skipped" in batch else 0
+                yield batch
+        finally:
+            batches.close()
+        if skipped and not read:  # a host may have nothing but padding
+            raise ValueError(
+                f"data.on_corrupt: {self._source.name!r}, split {self._source.split!r}: none of the {skipped} examples "
+                "of this host can be read, expected at least one."
+            )
 
 
 class BatchIterator(Iterator[Batch]):
