@@ -20,7 +20,7 @@ import google_crc32c
 import numpy as np
 import platformdirs
 
-from vitpyramid.data.shards import Shards
+from vitpyramid.data.shards import Shards, check_counts
 from vitpyramid.files import write_atomically
 from vitpyramid.progress import with_progress
 
@@ -45,12 +45,7 @@ class TFRecords(Sequence[bytes]):
         """
         self._shards = Shards(instructions)
         offsets = index_files(list(dict.fromkeys(self._shards.paths)))
-        for instruction, path in zip(instructions, self._shards.paths, strict=True):
-            if len(offsets[path]) - 1 != instruction.examples_in_shard:
-                raise ValueError(
-                    f"{path}: has {len(offsets[path]) - 1} records, expected {instruction.examples_in_shard} as in "
-                    "dataset_info.json beside it."
-                )
+        check_counts(instructions, {path: len(starts_and_end) - 1 for path, starts_and_end in offsets.items()})
         self._offsets = [offsets[path] for path in self._shards.paths]
 
     def __len__(self) -> int:
