@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from two_heads import TwoHeads, assert_close, batch_of, config_of, one_step
 
 from configs import quickstart
+from two_heads import TwoHeads, assert_close, batch_of, config_of, one_step
 from vitpyramid import create_model
 from vitpyramid.models.registry import get_variant
 from vitpyramid.tasks import ConfigError, classify, make_task

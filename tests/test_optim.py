@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 from flax import traverse_util
-from two_heads import TwoHeads, assert_close, config_of, one_step
 
+from two_heads import TwoHeads, assert_close, config_of, one_step
 from vitpyramid.models.registry import get_variant
 from vitpyramid.train.optim import layers_to_head, lr_factors, make_optimizer
 from vitpyramid.train.schedule import Horizon

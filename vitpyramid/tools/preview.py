@@ -34,14 +34,19 @@ def preview(config: ConfigDict, count: int) -> Image.Image:
     Raises:
       ConfigError: the config does not fit the data.
     """
+    task = small_task(config, count)
+    train, held_out = (f"{part}: {config.data.name}, {config.data[f'{split}_split']}" for part, split in PARTS)
+    return stack([sheet(train, *training_images(task)), sheet(held_out, *evaluation_images(task))])
+
+
+def small_task(config: ConfigDict, count: int) -> Task:
+    """The task of a config with batches of `count`, and label weights as they were mixed."""
     config = config.copy_and_resolve_references()
     config.batch_size = config.eval.batch_size = count
     config.data.workers = 0
-    config.loss.label_smoothing = 0.0  # leaves the weights of the mixed labels
+    config.loss.label_smoothing = 0.0
     config.model.dtype = "float32"
-    task = make_task(config)
-    train, held_out = (f"{part}: {config.data.name}, {config.data[f'{split}_split']}" for part, split in PARTS)
-    return stack([sheet(train, *training_images(task)), sheet(held_out, *evaluation_images(task))])
+    return make_task(config)
 
 
 def training_images(task: Task) -> tuple[np.ndarray, list[str]]:
