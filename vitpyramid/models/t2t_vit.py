@@ -67,6 +67,11 @@ class CheapOperation(nn.Module):
         """`[B, N, C]` -> `[B, N, C]`."""
         return x * self.param("kernel", torch_bias_init(1), (1, 1, x.shape[-1])).astype(self.dtype)
 
+    @nn.nowrap
+    def elementwise_macs(self, out: jax.Array) -> int:
+        """Multiply-accumulates of the convolution, for `tools.summary`, which cannot see them in a product."""
+        return out.size
+
 
 class GhostAttention(SelfAttention):
     """Self-attention whose query, key and value are computed by half (paper section 3.2).
