@@ -17,9 +17,10 @@ from ml_collections import config_flags
 
 import vitpyramid
 from configs import base
-from vitpyramid.train import config as configs
+from vitpyramid.tasks import ConfigError, make_task
 from vitpyramid.train import loop
-from vitpyramid.train.progress import NonFiniteError, format_metrics, format_summary
+from vitpyramid.train.config import validate
+from vitpyramid.train.report import NonFiniteError, format_summary
 
 FLAGS = flags.FLAGS
 CONFIG = config_flags.DEFINE_config_file("config", None, "Default: quickstart.py. --config.KEY=VALUE changes a key.")
@@ -47,22 +48,23 @@ def main(argv: list[str]) -> int:
     config_file = config_flags.get_config_filename(FLAGS["config"])
     workdir = Path(FLAGS.workdir or Path("runs", Path(config_file.split(":")[0]).stem))
     try:
-        configs.validate(CONFIG.value, base.get_config(), jax.device_count())
+        validate(CONFIG.value, base.get_config(), jax.device_count())
+        task = make_task(CONFIG.value)
         if FLAGS.mode == "eval":
-            step, metrics = loop.evaluate_checkpoint(CONFIG.value, workdir)
-            log.info("evaluation at step %d: %s", step, format_metrics(metrics))
+            step, metrics = loop.evaluate_checkpoint(task, workdir)
+            log.info("evaluation at step %d: %s", step, task.words(metrics))
             return 0
         workdir.mkdir(parents=True, exist_ok=True)
-        summary = loop.train(CONFIG.value, workdir, FLAGS.allow_config_change)
-    except configs.ConfigError as error:
+        summary = loop.train(task, workdir, FLAGS.allow_config_change)
+    except ConfigError as error:
         log.error("%s", error)
         return EXIT_CONFIG
     except NonFiniteError as error:
         log.error("%s", error)
         return EXIT_NON_FINITE
     command = [arg for arg in sys.argv if not arg.startswith(("--workdir", "--mode"))] + [f"--workdir={workdir}"]
-    log.info("%s", format_summary(summary, workdir, " ".join(["python", *command])))
-    return 0 if summary.step == summary.total_steps else EXIT_STOPPED
+    log.info("%s", format_summary(summary, task, workdir, " ".join(["python", *command])))
+    return 0 if summary.finished else EXIT_STOPPED
 
 
 def _log_to_stdout() -> None:

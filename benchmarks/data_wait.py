@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))
 from vitpyramid import data
 from vitpyramid.tools import config_args
-from vitpyramid.train.mesh import batch_sharding, make_mesh, to_devices
+from vitpyramid.train.sharding import batch_sharding, make_mesh, to_devices
 
 
 def waiting(config, step_seconds: float, steps: int) -> tuple[float, float]:

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
+    config.task = "classify"  # what is learned
     config.seed = 0  # of initialisation, data order, augmentation and dropout
     config.batch_size = 1024  # images per step, over all devices
     config.epochs = 300.0  # length of the run
@@ -18,7 +19,7 @@ def get_config() -> ConfigDict:
     model.num_classes = 1000  # of the data set; 0: as many as it has
     model.drop_rate = 0.0  # dropout
     model.drop_path_rate = 0.1  # stochastic depth
-    model.dtype = "bfloat16"  # of activations and matrix products, or "float32"; its range needs no loss scaling
+    model.dtype = "bfloat16"  # of activations and matrix products, or "float32"
     model.remat = False  # recompute blocks in the backward pass: less memory, more time
     model.scan = False  # with model.remat: compile one block a stage and loop over it; needs less memory
 
@@ -75,7 +76,7 @@ def get_config() -> ConfigDict:
     config.schedule = schedule = ConfigDict()  # linear warm-up, then:
     schedule.name = "cosine"  # "cosine" or "constant"
     schedule.per = "step"  # the rate changes every "step" or every "epoch"
-    schedule.lag = 0  # with "epoch": epochs that the rate stays behind, 1 as in DeiT's trainer
+    schedule.lag = 0  # with "epoch": 1 to change the rate one epoch late, as DeiT's trainer does
     schedule.warmup_epochs = 5.0  # length of the warm-up
     schedule.warmup_lr = 1e-6  # at step 0
     schedule.min_lr = 1e-5  # at the end

@@ -1,6 +1,10 @@
 """Small sources and configs for the tests of `vitpyramid.data`, and what they do with batches."""
 
 import io
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -67,3 +71,15 @@ def side_by_side(hosts):
     return [
         {key: np.concatenate([batch[key] for batch in step]) for key in step[0]} for step in zip(*hosts, strict=True)
     ]
+
+
+def run_python(*arguments):
+    """Runs another interpreter that, from any directory and in its workers, imports this checkout and this file."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=python_environment(), timeout=120)
+
+
+def python_environment():
+    tests = Path(__file__).parent
+    path = os.pathsep.join([str(tests.parent), str(tests), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.environ | {"PYTHONPATH": path}

@@ -65,6 +65,48 @@ def test_decode_to_rgb(mode):
     np.testing.assert_array_equal(np.asarray(decoded), expected)
 
 
+def test_decode_grey_of_more_than_eight_bits():
+    levels = np.array([[0, 1, 255, 256, 511, 32767, 32768, 65535]])
+    high = [0, 0, 0, 1, 1, 127, 128, 255]
+    pgm = b"P5 8 1 65535\n" + levels.astype(">u2").tobytes()
+    files = {
+        "16-bit PNG": (encoded(Image.fromarray(levels.astype(np.uint16))), high),
+        "16-bit TIFF": (encoded(Image.fromarray(levels.astype(np.uint16)), "tiff"), high),
+        "big-endian TIFF": (encoded(Image.frombytes("I;16B", (8, 1), levels.astype(">u2").tobytes()), "tiff"), high),
+        "16-bit PGM": (pgm, high),
+        "10-bit PGM": (b"P5 3 1 1023\n" + np.array([0, 512, 1023], ">u2").tobytes(), [0, 128, 255]),
+        "32-bit TIFF": (encoded(Image.fromarray(levels[:, :3].astype(np.int32)), "tiff"), [0, 1, 255]),
+    }
+    for name, (data, expected) in files.items():
+        pixels = np.asarray(augment.decode(data))
+        np.testing.assert_array_equal(pixels, np.repeat(expected, 3).reshape(1, -1, 3), name)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "words"),
+    [
+        (
+            np.array([[0, 256]], np.int32),
+            "a grey image of 32 bits, or signed, with levels from 0 to 256, expected 0 to 255",
+        ),
+        (np.array([[-1, 9]], np.int32), "levels from -1 to 9, expected"),
+        (
+            np.array([[0.0, 1.0]], np.float32),
+            "a grey image of floating point numbers, expected unsigned integers of 8 or 16",
+        ),
+    ],
+)
+def test_grey_without_a_known_white_is_refused(pixels, words):
+    data = encoded(Image.fromarray(pixels), "tiff")
+    for read in (
+        augment.decode,
+        lambda data: augment.eval_image(data, settings()),
+        lambda data: augment.train_image(data, np.random.default_rng(0), settings()),
+    ):
+        with pytest.raises(ValueError, match=words):
+            read(data)
+
+
 def test_decode_cmyk_jpeg():
     photo = Image.fromarray(skimage.data.astronaut()[:64, :64])
     data = encoded(photo.convert("CMYK"), "jpeg")
@@ -355,6 +397,43 @@ def test_more_than_50_megapixels():
             data, np.random.default_rng(0), settings(crop_scale=(0.9, 1.0), crop_ratio=(1.4, 1.5))
         )
     assert (image == 80).all()
+
+
+def claims(side):
+    """A JPEG of a few hundred bytes whose header says that it has side x side pixels."""
+    data = bytearray(encoded(Image.new("L", (64, 64), 80), "jpeg"))
+    place = data.index(b"\xff\xc0") + 5
+    data[place : place + 4] = 2 * side.to_bytes(2, "big")
+    return bytes(data)
+
+
+@pytest.mark.parametrize("decoder", ["simplejpeg", "Pillow"])
+def test_every_decoder_has_pillows_limit_of_pixels(monkeypatch, decoder):
+    if decoder == "Pillow":
+        by_pillow_alone(monkeypatch)
+    # Twice MAX_IMAGE_PIXELS.
+    message = "not a readable image .*: Image size .400000000 pixels. exceeds limit of 178956970 pixels"
+    for chosen in settings(), settings(crop_padding=4):
+        with pytest.raises(ValueError, match=message):
+            augment.train_image(claims(20_000), np.random.default_rng(0), chosen)
+    with pytest.raises(ValueError, match=message):
+        augment.eval_image(claims(20_000), settings())
+
+
+@pytest.mark.parametrize("decoder", ["simplejpeg", "Pillow"])
+def test_the_limit_can_be_moved(monkeypatch, decoder):
+    if decoder == "Pillow":
+        by_pillow_alone(monkeypatch)
+    data = encoded(Image.new("L", (40, 25), 80), "jpeg")
+    for limit in 500, 1000, None:  # twice the limit is allowed, with a warning
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert augment.decode(data).size == (40, 25)
+        assert [one.category for one in caught] == ([Image.DecompressionBombWarning] if limit == 500 else [])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 499)
+    with pytest.raises(ValueError, match="1000 pixels. exceeds limit of 998 pixels"):
+        augment.decode(data)
 
 
 def test_orientation_is_ignored():

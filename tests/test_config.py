@@ -1,5 +1,6 @@
 """Configs: every key is checked, every shipped config can be built and reads all its keys."""
 
+import dataclasses
 import importlib
 import re
 from pathlib import Path
@@ -8,9 +9,10 @@ import jax
 import pytest
 
 from configs import base, quickstart
+from vitpyramid.tasks import TASKS, make_task
 from vitpyramid.train import config as configs
-from vitpyramid.train.mesh import make_mesh
 from vitpyramid.train.program import abstract_batch, build
+from vitpyramid.train.sharding import make_mesh
 
 SHIPPED = [
     ("base", ()),
@@ -46,9 +48,10 @@ def test_shipped_configs_are_valid_and_trace(name, args):
     with_blanks_filled(config)
     configs.validate(config, base.get_config(), jax.device_count())  # so it has the keys of base, no others
     mesh = make_mesh(config.mesh.fsdp)
+    task = dataclasses.replace(make_task(config), num_examples=lambda: 1_281_167, constants=dict)
     with jax.set_mesh(mesh):
-        program = build(config, 1_281_167, mesh)
-        state, _ = jax.eval_shape(program.train_step, program.state, abstract_batch(config, mesh), program.teacher)
+        program = build(task, mesh)
+        state, _ = jax.eval_shape(program.train_step, program.state, abstract_batch(task, mesh), {})
     assert jax.tree.map(lambda a: (a.shape, a.dtype), state) == jax.tree.map(
         lambda a: (a.shape, a.dtype), program.state
     )
@@ -57,9 +60,10 @@ def test_shipped_configs_are_valid_and_trace(name, args):
 
 def test_every_numeric_key_has_a_rule():
     flat = configs.flatten(base.get_config())
-    assert set(configs.RULES) <= set(flat)
+    rules = configs.RULES | TASKS[flat["task"]].RULES
+    assert set(rules) <= set(flat)
     numeric = {key for key, value in flat.items() if not isinstance(value, (str, bool))}
-    assert numeric <= set(configs.RULES)
+    assert numeric <= set(rules)
 
 
 def test_every_key_has_a_comment():

@@ -1,5 +1,6 @@
 """The command `python -m vitpyramid.tools.convert`, what takes its results, and `load_pretrained`."""
 
+import dataclasses
 import hashlib
 import json
 import sys
@@ -13,13 +14,14 @@ from safetensors.numpy import load_file, save_file
 import vitpyramid
 from configs import quickstart
 from harness import random_state_dict
+from vitpyramid.tasks import ConfigError, make_task
 from vitpyramid.tools import convert as command
 from vitpyramid.train import checkpoint, loop
-from vitpyramid.train.config import ConfigError
-from vitpyramid.train.mesh import make_mesh
 from vitpyramid.train.program import build
+from vitpyramid.train.sharding import make_mesh
 from vitpyramid.train.state import create_state
 from vitpyramid.weights import names
+from vitpyramid.weights.store import open_checkpoints, write_weights
 
 
 def run(monkeypatch, *arguments) -> int:
@@ -81,9 +83,13 @@ def test_load_pretrained_gives_the_same_from_file_and_folder(monkeypatch, tmp_pa
     model, variables = vitpyramid.load_pretrained(weights)
     assert (type(model).__name__, model.num_classes, model.image_size) == ("PVT", 10, 32)
     assert_same(variables, names.torch_to_flax("pvt_micro", random_state_dict("pvt_micro")))
-    other_model, other = vitpyramid.load_pretrained(tmp_path / "out", "pvt_micro")
-    assert other_model == model
-    assert_same(other, variables)
+    for changes in ({}, {"num_classes": 7, "image_size": 64, "seed": 1}):
+        model, variables = vitpyramid.load_pretrained(weights, **changes)
+        other_model, other = vitpyramid.load_pretrained(tmp_path / "out", "pvt_micro", **changes)
+        assert other_model == model
+        assert_same(other, variables)
+    assert variables["params"]["head"]["kernel"].shape == (256, 7)
+    assert variables["params"]["pos_embed1"].shape == (1, 16 * 16, 32)
     with pytest.raises(ValueError, match=r"expected weights of pvt_tiny, these are of pvt_micro"):
         vitpyramid.load_pretrained(tmp_path / "out", "pvt_tiny")
     with pytest.raises(ValueError, match=r"weights\.safetensors: these are not the parameters of pvt_tiny"):
@@ -121,7 +127,7 @@ def test_nothing_is_replaced(monkeypatch, tmp_path, weights, capsys):
     assert capsys.readouterr().err.count("nothing is replaced") == 2
     assert back.read_text() == "mine"
     with pytest.raises(ConfigError, match="this one holds converted weights"):
-        loop.train(quickstart.get_config(), out)
+        loop.train(make_task(quickstart.get_config()), out)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
@@ -129,25 +135,26 @@ def test_evaluation_takes_converted_weights(monkeypatch, tmp_path, weights, data
     assert run(monkeypatch, weights, f"--out={tmp_path / 'out'}") == 0
     config = quickstart.get_config()
     config.update_from_flattened_dict({"data.data_dir": data_dir, "compile_cache": "", "ema.decay": 0.9})
-    step, metrics = loop.evaluate_checkpoint(config, tmp_path / "out")
+    step, metrics = loop.evaluate_checkpoint(make_task(config), tmp_path / "out")
     assert step == 0
     assert metrics.keys() == {"loss", "top1", "top5"}
     config.model.name = "pvt_tiny"
     with pytest.raises(ConfigError, match=r"model\.name: 'pvt_micro' -> 'pvt_tiny'"):
-        loop.evaluate_checkpoint(config, tmp_path / "out")
+        loop.evaluate_checkpoint(make_task(config), tmp_path / "out")
 
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_load_pretrained_takes_a_work_directory(tmp_path, scan):
     config = quickstart.get_config()
     config.update_from_flattened_dict({"ema.decay": 0.9, "model.remat": scan, "model.scan": scan})
+    task = dataclasses.replace(make_task(config), num_examples=lambda: 640)
     mesh = make_mesh(1)
     with jax.set_mesh(mesh):
-        program = build(config, 640, mesh)
+        program = build(task, mesh)
         state = create_state(program.init, program.state)
     state = state.replace(step=state.step + 7, ema=jax.tree.map(lambda leaf: leaf + 1, state.ema))
-    with checkpoint.open_checkpoints(tmp_path) as manager:
-        checkpoint.save(manager, state, config, 640)
+    with open_checkpoints(tmp_path) as manager:
+        checkpoint.save(manager, state, task)
     raw_model, raw = vitpyramid.load_pretrained(tmp_path, weights="raw")
     model, average = vitpyramid.load_pretrained(tmp_path)
     assert model == raw_model == vitpyramid.create_model("pvt_micro", num_classes=10, image_size=32)
@@ -155,6 +162,16 @@ def test_load_pretrained_takes_a_work_directory(tmp_path, scan):
     assert_same(average, jax.tree.map(lambda leaf: leaf + 1, raw))
     if not scan:
         assert_same(raw, jax.device_get(state.variables))
+
+
+def test_a_folder_with_weights_of_another_network_is_an_error(tmp_path):
+    variables = names.torch_to_flax("pvt_micro", random_state_dict("pvt_micro"))
+    del variables["params"]["cls_token"]
+    write_weights(tmp_path, {"name": "pvt_micro", "num_classes": 11, "image_size": 32}, variables)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}: these are not the parameters of pvt_micro") as error:
+        vitpyramid.load_pretrained(tmp_path, num_classes=7)
+    assert "missing (1):\n  params/cls_token" in str(error.value)
+    assert "params/head/kernel (256, 10), expected (256, 11)" in str(error.value)
 
 
 def test_a_folder_without_checkpoint_is_an_error(tmp_path):

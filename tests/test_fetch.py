@@ -266,7 +266,7 @@ def test_wrong_checksums(name, server, tmp_path):
     digest = SHA[::-1] if "#" in name else "0123abcd"
     with pytest.raises(ValueError, match=f"{name}: expected a file with SHA-256 {digest}.*{SHA}"):
         fetch(f"{server.url}/{name}", tmp_path)
-    assert [file.name for file in tmp_path.rglob("*.p*") if file.suffix != ".json"] == []
+    assert [file.name for file in tmp_path.rglob("*.p*") if file.suffix != ".version"] == []
     if "#" not in name:  # the way out that the message offers
         assert fetch(f"{server.url}/{name}#sha256={SHA}", tmp_path).read_bytes() == BODY
 

@@ -2,10 +2,8 @@
 
 import ast
 import io
-import logging
 import os
 import pickle
-import time
 
 import numpy as np
 import pytest
@@ -13,7 +11,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from streams import assert_same, encoded, make_config, noise, take
-from vitpyramid.data import make_eval, make_train, open_source, progress
+from vitpyramid.data import make_eval, make_train, open_source
 from vitpyramid.data.splits import split_ranges
 
 PNG = noise(1)[0]
@@ -207,7 +205,7 @@ def test_long_listings_are_cut(tmp_path):
         open_tree(root, "train")
 
 
-# Splits, progress
+# Splits
 
 
 @pytest.mark.parametrize(
@@ -223,17 +221,6 @@ def test_split_ranges_are_those_of_tfds(split):
     ours = split_ranges("d", split, sizes)
     assert [(one.filename, one.skip, one.take) for one in theirs] == [
         (f"/d-{name}.tfrecord-00000-of-00001", positions.start, len(positions)) for name, positions in ours
-    ]
-
-
-def test_progress_is_told_every_ten_seconds(caplog, monkeypatch):
-    caplog.set_level(logging.INFO)
-    clock = iter(range(0, 1000, 4))
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    assert list(progress.with_progress("abcdefghi", 9, "counting")) == list("abcdefghi")
-    assert [record.getMessage() for record in caplog.records] == [  # none at the end
-        "counting: 3 of 9, 24 s left",
-        "counting: 6 of 9, 12 s left",
     ]
 
 

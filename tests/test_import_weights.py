@@ -172,7 +172,7 @@ def test_detectors(prefix):
     with pytest.raises(ValueError, match=r"missing \(5\)"):
         import_weights(contents, "pvt_micro")
     converted = import_weights(contents, num_classes=7, allow=("missing",))
-    assert converted.name == "pvt_micro"
+    assert converted.network["name"] == "pvt_micro"
     assert converted.notes["ignored"] == ["neck.conv.weight"]
     absent = ["cls_token", "head.bias", "head.weight", "norm.bias", "norm.weight"]
     assert converted.notes["initialised"] == [*absent, "pos_embed4[:, 0]"]
@@ -250,7 +250,7 @@ TORCH_ROW = [0.4198250728862974, 0.6851311953352769, -0.10495626822157435, 0.0, 
 def test_position_tables_are_resized_as_pytorch_does():
     contents = open_contents(random_state_dict("deit_tiny_distilled", 10, 80))
     converted = import_weights(contents, image_size=112)
-    assert (converted.image_size, converted.notes) == (112, {"resized": ["pos_embed"]})
+    assert (converted.network["image_size"], converted.notes) == (112, {"resized": ["pos_embed"]})
     table, old = converted.variables["params"]["pos_embed"], contents.state_dict["pos_embed"]
     np.testing.assert_array_equal(table[:, :2], old[:, :2])
     row = np.asarray(TORCH_ROW)

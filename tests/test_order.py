@@ -155,6 +155,26 @@ def test_evaluation_masks_what_it_skips():
     assert not found["image"][~seen].any() and not found["label"][~seen].any()
 
 
+@pytest.mark.parametrize("hosts", [1, 4])
+def test_an_evaluation_that_reads_nothing_is_an_error(hosts):
+    """Of four hosts the last two have nothing but padding."""
+    config = make_config(**{"data.on_corrupt": "skip", "eval.batch_size": 16})
+    for host in range(hosts):
+        walk = iter(make_eval(config, damaged(7, range(7)), host, hosts))
+        assert not next(walk)["mask"].any()
+        if host < 2:
+            count = 7 if hosts == 1 else (4, 3)[host]
+            words = (
+                rf"'memory', split 'train': none of the {count} examples of this host can be read, expected at least"
+            )
+            with pytest.raises(ValueError, match=words):
+                next(walk)
+        else:
+            assert next(walk, None) is None
+    batches = make_eval(make_config(**{"data.on_corrupt": "skip"}), damaged(13, range(12)))
+    assert [int(batch["mask"].sum()) for batch in batches] == [0, 1]  # one is enough
+
+
 def test_the_counter_is_there_only_where_asked_for():
     for on_corrupt, expected in ("error", set()), ("skip", {"skipped"}):
         config = make_config(**{"data.on_corrupt": on_corrupt})

@@ -248,11 +248,10 @@ def test_no_place_for_the_index(imagenet, cache, caplog):
 
 
 def test_a_full_disk_leaves_no_half_index(imagenet, cache, caplog, monkeypatch):
-    def full(file, offsets):
-        file.write(b"half")
+    def full(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np, "save", full)
+    monkeypatch.setattr(os, "replace", full)
     assert contents(open_imagenet(imagenet[0], "tfrecord")) == imagenet[1]["train"]
     assert "No space left" in caplog.text and list(cache.iterdir()) == []
 
@@ -281,6 +280,21 @@ def test_a_cut_off_tfrecord_file_is_named_with_the_offset(copied, cut):
     found = f"record 3 at byte {start} is cut off.* {size}" if cut else "has 3 records, expected 5 as in dataset_info"
     with pytest.raises(ValueError, match=rf"data\.data_dir.*{path}: {found}"):
         open_imagenet(copied, "tfrecord")
+
+
+@pytest.mark.parametrize("cut", [0, 1, 70_000, -10])
+def test_a_cut_off_array_record_file_is_named(copied, cut):
+    path = shard_path(copied, "array_record", 2)
+    os.truncate(path, cut % path.stat().st_size)
+    with pytest.raises(ValueError, match=rf"data\.data_dir.*{path}: is cut off, damaged, or no ArrayRecord file \(\w"):
+        open_imagenet(copied, "array_record")
+
+
+def test_an_array_record_file_with_other_records_is_named(copied):
+    path = shard_path(copied, "array_record", 2)
+    shutil.copy(shard_path(copied, "array_record", 0), path)
+    with pytest.raises(ValueError, match=rf"{path}: has 7 records, expected 5 as in dataset_info.json"):
+        open_imagenet(copied, "array_record")
 
 
 def flip(path, position):

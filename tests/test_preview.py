@@ -61,11 +61,10 @@ def test_halves_are_the_streams(config, monkeypatch, count):
 
 
 def test_mixed_images_and_weights(config):
-    config.batch_size = 6
     config.mix.mixup, config.mix.cutmix, config.mix.prob, config.mix.mode = 1.0, 0.0, 1.0, "batch"
     config.loss.label_smoothing = 0.1
     plain = first_batch(config, 6)
-    images, captions = preview.training_images(config)
+    images, captions = preview.training_images(preview.small_task(config, 6))
     assert sorted(plain["label"][[0, -1]]) == sorted(int(part.split()[0]) for part in captions[0].split(", "))
     kept = {int(part.split()[0]): float(part.split()[1]) for part in captions[0].split(", ")}[plain["label"][0]]
     assert 0.01 < kept < 0.99
@@ -74,9 +73,9 @@ def test_mixed_images_and_weights(config):
 
 
 def test_erased_images(config):
-    config.batch_size, config.erase.prob, config.erase.mode = 6, 1.0, "const"
+    config.erase.prob, config.erase.mode = 1.0, "const"
     plain = first_batch(config, 6)["image"]
-    images, _ = preview.training_images(config)
+    images, _ = preview.training_images(preview.small_task(config, 6))
     for image, original in zip(images, plain, strict=True):
         assert 0.005 < (image != original).any(-1).mean() < 0.4
 

@@ -15,7 +15,7 @@ import harness
 from harness import apply, quick_jit, random_images, random_variables
 from rest_by_hand import Numpy, torch_weights
 from vitpyramid.models.rest import BatchNorm, HeadMixing, ResT, instance_norm
-from vitpyramid.train.mesh import make_mesh
+from vitpyramid.train.sharding import make_mesh
 
 GOLDENS = [
     *((f"rest_{case}", "float64") for case in ("lite_224x224", "lite_224x224_small", "small_192x256", "small_190x253")),

@@ -1,5 +1,6 @@
 """One step: its arithmetic, its randomness, and that any mesh takes the same one."""
 
+import dataclasses
 import functools
 
 import chex
@@ -11,13 +12,15 @@ import pytest
 
 from configs import quickstart
 from vitpyramid.models.backbone import IMAGENET_MEAN, IMAGENET_STD
+from vitpyramid.tasks import make_task
+from vitpyramid.tasks.classify import smooth_one_hot, top_k_correct
+from vitpyramid.tasks.metrics import compute
+from vitpyramid.tasks.prepare import normalise
 from vitpyramid.train import program as programs
-from vitpyramid.train.losses import smooth_one_hot
-from vitpyramid.train.mesh import batch_sharding, make_mesh, state_sharding
-from vitpyramid.train.metrics import EvalMetrics, top_k_correct
 from vitpyramid.train.optim import Optimizer
-from vitpyramid.train.state import abstract_state, create_state, init_function, model_from_config
-from vitpyramid.train.step import make_eval_step, make_train_step, normalise
+from vitpyramid.train.sharding import abstract_state, batch_sharding, make_mesh, state_sharding
+from vitpyramid.train.state import create_state, initial_state, initial_variables
+from vitpyramid.train.step import make_eval_step, make_train_step
 
 
 def small_config(**changes):
@@ -25,6 +28,11 @@ def small_config(**changes):
     config.batch_size = 16
     config.update_from_flattened_dict(changes)
     return config
+
+
+def task_of(config):
+    """The task of a config, as if its training split had 160 examples."""
+    return dataclasses.replace(make_task(config), num_examples=lambda: 160)
 
 
 def batches(config, count):
@@ -40,14 +48,18 @@ def step_zero():
     """State of step 0 with dropout, drop path and an average, on the host, and the program it is of."""
     config = small_config(**{"model.drop_rate": 0.1, "model.drop_path_rate": 0.2, "ema.decay": 0.9})
     mesh = make_mesh(1, jax.devices()[:1])
-    model = model_from_config(config)
+    task = make_task(config)
     # A rate of 1 subtracts the gradient, so that states show it; Adam would divide rounding noise by itself.
     tx = optax.sgd(1.0)
-    init = init_function(config, model, tx)
-    optimizer = Optimizer(tx, jax.tree.map(lambda _: True, jax.eval_shape(init).params))
+
+    def init():
+        return initial_state(initial_variables(task, 1), tx, average=True)
+
+    shapes = jax.eval_shape(init)
+    optimizer = Optimizer(tx, jax.tree.map(lambda _: True, shapes.params))
     with jax.set_mesh(mesh):
-        state = create_state(init, abstract_state(init, mesh))
-    return config, jax.device_get(state), make_train_step(config, model, optimizer, lambda step: 1.0)
+        state = create_state(init, abstract_state(mesh, shapes))
+    return config, jax.device_get(state), make_train_step(task, optimizer, lambda step: 1.0)
 
 
 @functools.cache
@@ -61,7 +73,7 @@ def two_steps(devices, fsdp):
         metrics, states = [], []
         for batch in batches(config, 2):
             state, measured = step(state, jax.device_put(batch, batch_sharding(mesh)), {})
-            metrics.append({name: float(value) for name, value in measured.compute().items()})
+            metrics.append(compute(measured))
             states.append(jax.device_get(state))
     return metrics, states, step
 
@@ -84,7 +96,7 @@ def test_parameters_and_moments_are_split_over_fsdp():
     config = small_config()
     mesh = make_mesh(4)
     with jax.set_mesh(mesh):
-        state = programs.build(config, 160, mesh).state
+        state = programs.build(task_of(config), mesh).state
     whole = sum(leaf.size for leaf in jax.tree.leaves(state))
     held = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(state))
     assert held < 0.35 * whole
@@ -111,9 +123,9 @@ def test_dropout_is_a_function_of_the_step():
         later, measured_later = step(
             jax.device_put(start.replace(step=np.int32(7)), state_sharding(mesh, start)), batch, {}
         )
-    assert float(measured.loss.compute()) == metrics[0]["loss"]
+    assert compute(measured)["loss"] == metrics[0]["loss"]
     chex.assert_trees_all_equal(jax.device_get(again), states[0])
-    assert float(measured_later.loss.compute()) != metrics[0]["loss"]
+    assert compute(measured_later)["loss"] != metrics[0]["loss"]
     assert later.step == 8
 
 
@@ -128,7 +140,7 @@ def test_average_follows_the_weights():
 
 
 def test_no_average_unless_asked_for():
-    assert programs.build(small_config(), 160, make_mesh(1)).state.ema == {}
+    assert programs.build(task_of(small_config()), make_mesh(1)).state.ema == {}
 
 
 def test_normalise():
@@ -157,11 +169,10 @@ def test_top_k():
 
 def test_evaluation_ignores_what_is_masked():
     config, start, _ = step_zero()
-    model, variables = model_from_config(config), start.variables
-    step = jax.jit(make_eval_step(config, model))
+    task, variables = make_task(config), start.variables
     batch = {**next(batches(config, 1)), "mask": np.arange(16) < 5}
-    metrics = jax.device_get(step(variables, EvalMetrics.empty(), batch)).compute()
-    logits = jax.jit(model.apply)(variables, normalise(batch["image"], IMAGENET_MEAN, IMAGENET_STD, jnp.float32))
+    metrics = compute(jax.device_get(jax.jit(make_eval_step(task))(variables, batch)))
+    logits = jax.jit(task.model.apply)(variables, normalise(batch["image"], IMAGENET_MEAN, IMAGENET_STD, jnp.float32))
     log_probabilities = jax.nn.log_softmax(logits)[np.arange(16), batch["label"]]
     assert metrics["loss"] == pytest.approx(-float(log_probabilities[:5].mean()), rel=1e-5)
     assert metrics["top1"] == pytest.approx(float((logits.argmax(-1) == batch["label"])[:5].mean()))

@@ -69,7 +69,8 @@ def test_its_weights_are_recognised_and_fit_other_images():
     state_dict = flax_to_torch("toy_wide", variables)
     assert state_dict["stem.proj.weight"].shape == (16, 3, 8, 8)
     converted = import_weights(Contents(state_dict, {}, "the file itself", "official", []), image_size=64)
-    assert (converted.name, converted.num_classes, converted.notes) == ("toy_wide", 10, {"resized": ["pos_embed"]})
+    assert converted.network == {"name": "toy_wide", "num_classes": 10, "image_size": 64}
+    assert converted.notes == {"resized": ["pos_embed"]}
     assert converted.variables["params"]["pos_embed"].shape == (1, 64, 16)
     apply = functools.partial(create_model("toy_wide", image_size=64).apply, converted.variables)
     assert jax.eval_shape(apply, jnp.zeros((1, 64, 64, 3))).shape == (1, 10)

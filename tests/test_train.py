@@ -16,11 +16,13 @@ from ml_collections import ConfigDict
 from tensorboardX.proto import event_pb2
 
 from configs import quickstart
-from vitpyramid.train import checkpoint, loop
+from vitpyramid.tasks import make_task
 from vitpyramid.train import config as configs
-from vitpyramid.train.mesh import make_mesh
+from vitpyramid.train import loop
 from vitpyramid.train.program import build
-from vitpyramid.train.progress import NonFiniteError
+from vitpyramid.train.report import NonFiniteError
+from vitpyramid.train.sharding import make_mesh
+from vitpyramid.weights import store
 
 ROOT = Path(__file__).parent.parent
 CHANGES = {
@@ -60,11 +62,11 @@ def tiny_config(data_dir, **changes):
 
 def saved(workdir, step):
     """Every array of a checkpoint, by name, on the host."""
-    with checkpoint.open_checkpoints(workdir, read_only=True) as manager:
+    with store.open_checkpoints(workdir, read_only=True) as manager:
         assert manager.latest_step() == step
         config = ConfigDict(json.loads((workdir / "config.json").read_text()))
         mesh = make_mesh(1, jax.devices()[:1])
-        state = checkpoint.restore(manager, step, build(config, 1437, mesh).state)
+        state = store.restore(manager, step, build(make_task(config), mesh).state)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
 
 
@@ -80,7 +82,7 @@ def finished(tmp_path_factory, data_dir):
     workdir = tmp_path_factory.mktemp("finished")
     reads = set()
     config = Recording(tiny_config(data_dir), reads=reads)
-    return workdir, loop.train(config, workdir), reads
+    return workdir, loop.train(make_task(config), workdir), reads
 
 
 def test_a_run_leaves_everything_behind(finished):
@@ -128,7 +130,7 @@ def test_evaluation_counts_every_example_once(finished, data_dir):
     workdir, summary, _ = finished
     for batch_size in (8, 64, 512):
         config = tiny_config(data_dir, **{"eval.batch_size": batch_size})
-        step, metrics = loop.evaluate_checkpoint(config, workdir)
+        step, metrics = loop.evaluate_checkpoint(make_task(config), workdir)
         assert step == STEPS
         for name in ("top1", "top5", "ema_top1"):
             assert metrics[name] * 360 == pytest.approx(round(summary.metrics[name] * 360), abs=1e-3)
@@ -137,17 +139,17 @@ def test_evaluation_counts_every_example_once(finished, data_dir):
 
 def test_a_finished_run_is_only_evaluated_again(finished, data_dir):
     workdir, summary, _ = finished
-    again = loop.train(tiny_config(data_dir), workdir)
+    again = loop.train(make_task(tiny_config(data_dir)), workdir)
     assert again.metrics == pytest.approx(summary.metrics, rel=1e-5)
-    assert again.images_per_second == 0
+    assert again.examples_per_second == 0
 
 
 def test_restores_on_another_mesh(finished):
     workdir, _, _ = finished
     config = ConfigDict(json.loads((workdir / "config.json").read_text()))
     expected = saved(workdir, STEPS)
-    with checkpoint.open_checkpoints(workdir, read_only=True) as manager:
-        state = checkpoint.restore(manager, STEPS, build(config, 1437, make_mesh(8)).state)
+    with store.open_checkpoints(workdir, read_only=True) as manager:
+        state = store.restore(manager, STEPS, build(make_task(config), make_mesh(8)).state)
     assert not state.params["block4_0"]["mlp"]["fc1"]["kernel"].sharding.is_fully_replicated
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         np.testing.assert_array_equal(np.asarray(leaf), expected[jax.tree_util.keystr(path)])
@@ -157,15 +159,15 @@ def test_another_config_is_refused(finished, data_dir):
     workdir, _, _ = finished
     before = (workdir / "config.json").read_text()
     with pytest.raises(configs.ConfigError, match=re.escape("optim.lr: 0.001 -> 0.5")) as error:
-        loop.train(tiny_config(data_dir, **{"optim.lr": 0.5}), workdir)
+        loop.train(make_task(tiny_config(data_dir, **{"optim.lr": 0.5})), workdir)
     assert "--allow_config_change" in str(error.value)
     assert (workdir / "config.json").read_text() == before
     with pytest.raises(configs.ConfigError, match=r"epochs = 1.0: expected 44 steps or more"):
-        loop.train(tiny_config(data_dir, epochs=1.0), workdir, allow_config_change=True)
+        loop.train(make_task(tiny_config(data_dir, epochs=1.0)), workdir, allow_config_change=True)
     with pytest.raises(configs.ConfigError, match="examples in data.train_split: 1437 -> 719"):
-        loop.train(tiny_config(data_dir, **{"data.train_split": "train[:719]"}), workdir)
+        loop.train(make_task(tiny_config(data_dir, **{"data.train_split": "train[:719]"})), workdir)
     with pytest.raises(configs.ConfigError, match="model.drop_rate|image_size"):
-        loop.evaluate_checkpoint(tiny_config(data_dir, **{"data.image_size": 64}), workdir)
+        loop.evaluate_checkpoint(make_task(tiny_config(data_dir, **{"data.image_size": 64})), workdir)
 
 
 def test_half_a_checkpoint_is_not_picked_up(finished, tmp_path):
@@ -174,7 +176,7 @@ def test_half_a_checkpoint_is_not_picked_up(finished, tmp_path):
     folder.mkdir()
     (folder / "44").symlink_to(workdir / "checkpoints" / "44")
     (folder / "99.orbax-checkpoint-tmp").mkdir()
-    with checkpoint.open_checkpoints(tmp_path, read_only=True) as manager:
+    with store.open_checkpoints(tmp_path, read_only=True) as manager:
         assert manager.latest_step() == 44
 
 
@@ -188,34 +190,34 @@ def test_half_a_checkpoint_is_not_picked_up(finished, tmp_path):
 )
 def test_data_that_does_not_fit(changes, message, data_dir, tmp_path):
     with pytest.raises(configs.ConfigError, match=re.escape(message)):
-        loop.train(tiny_config(data_dir, **changes), tmp_path)
+        loop.train(make_task(tiny_config(data_dir, **changes)), tmp_path)
     assert not (tmp_path / "config.json").exists()
 
 
 def test_nothing_to_evaluate(data_dir, tmp_path):
     with pytest.raises(configs.ConfigError, match="complete checkpoint"):
-        loop.evaluate_checkpoint(tiny_config(data_dir), tmp_path)
+        loop.evaluate_checkpoint(make_task(tiny_config(data_dir)), tmp_path)
 
 
 def test_non_finite_loss_stops_the_run(data_dir, tmp_path, monkeypatch):
     """Weights turn NaN before step 9: the run names that step and leaves the checkpoint of step 6 alone."""
     original = loop.compile_train_step
 
-    def poisoned(config, program, mesh):
-        step = original(config, program, mesh)
+    def poisoned(task, program, mesh):
+        step = original(task, program, mesh)
 
-        def train_step(state, batch, teacher):
+        def train_step(state, batch, constants):
             if int(state.step) == 8:
                 state = state.replace(params=jax.tree.map(lambda p: p * float("nan"), state.params))
-            return step(state, batch, teacher)
+            return step(state, batch, constants)
 
         return train_step
 
     monkeypatch.setattr(loop, "compile_train_step", poisoned)
     config = tiny_config(data_dir, **{"log.every_steps": 5})
     with pytest.raises(NonFiniteError, match=r"step 9: loss nan") as error:
-        loop.train(config, tmp_path)
-    assert "'train/loss': " in str(error.value)
+        loop.train(make_task(config), tmp_path)
+    assert "'loss': " in str(error.value)
     assert f"{tmp_path}/checkpoints/6" in str(error.value)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["6"]
 
@@ -282,7 +284,7 @@ def test_killed_runs_end_as_uninterrupted_ones(tmp_path, data_dir):
         run.until(r"step +\d+/")
         assert run.stop(signum) == 75, run.output
         step = int(re.search(r"stopped +after step (\d+)", run.output).group(1))
-        with checkpoint.open_checkpoints(workdir, read_only=True) as manager:
+        with store.open_checkpoints(workdir, read_only=True) as manager:
             assert manager.latest_step() == step < STEPS
 
     run = Run(workdir, data_dir, cache)

@@ -1,20 +1,22 @@
 """Ten AdamW steps of each family beside PyTorch's, from the same weights on the same batches, without randomness."""
 
+import dataclasses
 import json
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import golden
 from configs import base
-from harness import loss_and_gradient
 from vitpyramid import create_model
+from vitpyramid.tasks import make_task
 from vitpyramid.train.optim import make_optimizer
-from vitpyramid.train.schedule import Horizon
+from vitpyramid.train.schedule import Horizon, make_schedule
+from vitpyramid.train.state import initial_state
+from vitpyramid.train.step import make_train_step
 from vitpyramid.weights import flax_to_torch, torch_to_flax
 
 STEMS = ("pvt_tiny_112x160", "pit_ti_224x224", "t2t_vit_7_224x224", "rest_lite_96x128")
@@ -33,37 +35,38 @@ def read(stem: str) -> tuple[dict, dict]:
 
 
 def run(meta: dict):
-    """Losses, gradient norms, and state dicts before and after, in float64."""
+    """Losses, gradient norms, and state dicts before and after, in float64, by the program's own training step."""
     config = base.get_config()
     config.optim.lr, config.optim.lr_batch, config.optim.weight_decay = meta["lr"], 0, meta["weight_decay"]
     config.schedule.name, config.schedule.warmup_epochs = "constant", 0.0
+    config.model.name, config.loss.label_smoothing = meta["variant"], 0.0
     name, seed = meta["variant"], meta["seed"]
     shapes = golden.manifest()[name]["state_dict"]
     weights = {n: golden.weight(n, tuple(s), seed, meta["recipe"]) for n, s in shapes.items()}
     overrides = {"token_drop_rate": 0.0} if name.startswith("t2t") else {}
     with jax.enable_x64(True):
-        model = create_model(name, dtype=jnp.float64, **overrides)
+        # The batches are normalised, in float64, and not augmented.
+        task = dataclasses.replace(
+            make_task(config),
+            model=create_model(name, dtype=jnp.float64, **overrides),
+            prepare=lambda key, batch, constants: (
+                batch["image"],
+                batch | {"mixed": jax.nn.one_hot(batch["label"], 1000)},
+            ),
+        )
         variables = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), torch_to_flax(name, weights))
-        params = variables.pop("params")
-        tx = make_optimizer(config, Horizon.of(config, 1_281_167), params, model).tx
-
-        @jax.jit
-        def step(params, others, opt_state, images, labels):
-            (loss, updated), grads = loss_and_gradient(model, params, others, images, labels)
-            updates, opt_state = tx.update(grads, opt_state, params)
-            return optax.apply_updates(params, updates), {**others, **updated}, opt_state, loss, grads
-
-        opt_state, losses, norms = tx.init(params), [], []
+        horizon = Horizon.of(config, 1_281_167)
+        optimizer = make_optimizer(config, horizon, variables["params"], task.model)
+        step = jax.jit(make_train_step(task, optimizer, make_schedule(config, horizon)))
+        state, losses, norms = initial_state(variables, optimizer.tx, average=False), [], []
         for s in range(meta["steps"]):
             draw = 1000 * seed + s + 1
             images = golden.images(draw, meta["batch"], meta["height"], meta["width"], meta["recipe"])
             labels = np.random.RandomState(draw).randint(0, 1000, meta["batch"])
-            params, variables, opt_state, loss, grads = step(
-                params, variables, opt_state, jnp.asarray(images, jnp.float64), jnp.asarray(labels)
-            )
-            losses.append(float(loss))
-            norms.append(float(optax.global_norm(grads)))
-        after = flax_to_torch(name, {"params": params, **variables})
+            state, metrics = step(state, {"image": jnp.asarray(images, jnp.float64), "label": jnp.asarray(labels)}, {})
+            losses.append(float(metrics["loss"].compute()))
+            norms.append(float(metrics["grad_norm"].compute()))
+        after = flax_to_torch(name, state.variables)
     return np.array(losses), np.array(norms), weights, after
 
 

@@ -121,10 +121,15 @@ def eval_image(data: bytes, settings: Augmentation) -> np.ndarray:
 def decode(data: bytes) -> Image.Image:
     """Decodes a PNG, JPEG ... into an RGB image; grey is repeated, CMYK and palettes converted, alpha dropped.
 
+    Of 16-bit grey the high byte is kept: 65535 is white in PNG, TIFF and PGM, and Pillow's own conversion, which clips
+    at 255, makes nearly everything white. No level of 32-bit grey is known to be white, so only integers of 0 to 255
+    are taken, as they are, which is Pillow's conversion; other ones and floating point numbers are refused.
+
     EXIF orientation is ignored, as torchvision and timm do: published accuracies were measured that way.
 
     Raises:
-      ValueError: the bytes are no readable image, or one of more than 178,956,970 pixels (Pillow's limit).
+      ValueError: the bytes are no readable image, one of more pixels than Pillow's limit (178,956,970, which is twice
+        `PIL.Image.MAX_IMAGE_PIXELS`), or 32-bit grey as above.
     """
     size = jpeg.size(data)
     pixels = None if size is None else jpeg.decode(data, size[1], size[1])
@@ -140,11 +145,25 @@ def _decode_by_pillow(data: bytes) -> Image.Image:
     # Broad: on damaged files Pillow raises OSError, SyntaxError, struct.error, DecompressionBombError and others.
     except Exception as error:
         raise ValueError(f"not a readable image ({len(data)} bytes): {error}") from error
-    if image.mode.startswith("I"):  # 16-bit grey: Pillow's convert() would clip at 255 instead of scaling
-        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    if image.mode[0] in "IF":
+        image = _eight_bits(image)
     if "transparency" in image.info:  # convert() to RGB alone warns on a palette with transparency
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 or 32 bits as grey of 8 bits; see `decode`."""
+    levels = np.asarray(image)
+    if image.mode == "F":
+        raise ValueError("a grey image of floating point numbers, expected unsigned integers of 8 or 16 bits")
+    if image.mode != "I" or image.format == "PPM":  # PGM of 16 bits comes as 32, stretched to 65535
+        levels = levels // 256
+    elif levels.min() < 0 or levels.max() > 255:
+        raise ValueError(
+            f"a grey image of 32 bits, or signed, with levels from {levels.min()} to {levels.max()}, expected 0 to 255"
+        )
+    return Image.fromarray(levels.astype(np.uint8))
 
 
 def _decode_box(data: bytes, choose: Callable[[int, int], Box]) -> np.ndarray:

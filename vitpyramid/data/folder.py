@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from vitpyramid.data.progress import with_progress
 from vitpyramid.data.splits import split_names, split_ranges, unknown_split
+from vitpyramid.progress import with_progress
 
 log = logging.getLogger(__name__)
 EXTENSIONS = frozenset(b".jpg .jpeg .png .webp .bmp .tif .tiff .gif .ppm .pgm".split())

@@ -6,6 +6,7 @@ image is filled with `FILL`.
 """
 
 import numpy as np
+import PIL
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 try:
@@ -15,18 +16,20 @@ except ImportError:  # numba is optional
 
 FILL = (124, 116, 104)  # round(255 * mean of ImageNet), as timm has it
 
+# Pillow up to 12 resizes across and then down in every case. Bytes between the two passes are rounded, so the order
+# changes levels: by up to 16 in crops of photos, 0.23 in the mean of a crop.
+_MAY_GO_DOWN_FIRST = int(PIL.__version__.partition(".")[0]) >= 13
+
 Resample = Image.Resampling
 
 
 def resize(pixels: np.ndarray, height: int, width: int, resample: Resample) -> Image.Image:
-    """Antialiased resize of uint8 [H, W, 3], across and then down, as Pillow up to 12 does it in every case.
-
-    Pillow 13 goes down first where that is less work, which changes levels by up to 5.
-    """
-    if kernels is not None:
-        return Image.fromarray(kernels.resize(pixels, height, width, resample == Resample.BICUBIC))
-    image = Image.fromarray(pixels)
-    return image.resize((width, image.height), resample).resize((width, height), resample)
+    """Antialiased resize of uint8 [H, W, 3]: the pixels of the installed Pillow's `resize`."""
+    if kernels is None:
+        return Image.fromarray(pixels).resize((width, height), resample)
+    fewer_rows, fewer_columns = pixels.shape[0] - height, pixels.shape[1] - width
+    down_first = _MAY_GO_DOWN_FIRST and fewer_rows > max(0, 2 * fewer_columns)
+    return Image.fromarray(kernels.resize(pixels, height, width, resample == Resample.BICUBIC, down_first))
 
 
 def shear_x(image: Image.Image, factor: float, resample: Resample) -> Image.Image:

@@ -1,9 +1,11 @@
 """JPEG through simplejpeg (libjpeg-turbo), down to the last row that is needed: Pillow's pixels, sooner.
 
-Both functions return None where Pillow should decide instead: no simplejpeg, not a JPEG, CMYK, no end in sight.
+Both functions return None where Pillow should decide instead: no simplejpeg, not a JPEG, CMYK, no end in sight, more
+pixels than Pillow decodes without a warning or at all.
 """
 
 import numpy as np
+from PIL import Image
 
 try:
     import simplejpeg
@@ -23,6 +25,9 @@ def size(data: bytes) -> tuple[int, int] | None:
     try:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
+        return None
+    # A few kilobytes may claim gigabytes of pixels. Pillow has a limit, libjpeg has none.
+    if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
         return None
     return (width, height) if colors in ("YCbCr", "RGB", "Gray") else None
 

@@ -99,28 +99,35 @@ def _mix_rows(rows, mix, out):
             line[j] = np.uint8(0 if level < 0 else 255 if level > 255 else level)
 
 
-@_compiled(_IMAGE, types.int64, types.int64, types.boolean)
-def resize(image, height, width, cubic):
-    """Antialiased bicubic or bilinear resize: Pillow's `resize` to [H, width], then to [height, width].
-
-    Pillow up to 12 always went across first; 13 goes down first where that is less work.
-    """
-    old_height, old_width = image.shape[:2]
-    turned = np.empty((old_width, old_height, 3), np.uint8)
+@_compiled(_IMAGE, types.int64, types.boolean)
+def _resize_across(image, width, cubic):
+    height, old_width = image.shape[:2]
+    turned, across = np.empty((old_width, height, 3), np.uint8), np.empty((width, height, 3), np.uint8)
     _transpose(image, turned)
-    across = np.empty((width, old_height, 3), np.uint8)
-    _mix_rows(
-        turned.reshape(old_width, old_height * 3),
-        _weights(old_width, width, cubic),
-        across.reshape(width, old_height * 3),
-    )
-    upright = np.empty((old_height, width, 3), np.uint8)
+    mix = _weights(old_width, width, cubic)
+    _mix_rows(turned.reshape(old_width, height * 3), mix, across.reshape(width, height * 3))
+    upright = np.empty((height, width, 3), np.uint8)
     _transpose(across, upright)
+    return upright
+
+
+@_compiled(_NEW_IMAGE, types.int64, types.boolean)
+def _resize_down(image, height, cubic):
+    old_height, width = image.shape[:2]
     out = np.empty((height, width, 3), np.uint8)
-    _mix_rows(
-        upright.reshape(old_height, width * 3), _weights(old_height, height, cubic), out.reshape(height, width * 3)
-    )
+    mix = _weights(old_height, height, cubic)
+    _mix_rows(image.reshape(old_height, width * 3), mix, out.reshape(height, width * 3))
     return out
+
+
+@_compiled(_IMAGE, types.int64, types.int64, types.boolean, types.boolean)
+def resize(image, height, width, cubic, down_first):
+    """Antialiased bicubic or bilinear resize: Pillow's `resize` of one side, then of the other."""
+    if down_first:
+        whole = np.empty(image.shape, np.uint8)
+        whole[:] = image
+        return _resize_across(_resize_down(whole, height, cubic), width, cubic)
+    return _resize_down(_resize_across(image, width, cubic), height, cubic)
 
 
 @_compiled(types.float64, types.float64, types.float64, types.float64, types.float64, types.boolean)

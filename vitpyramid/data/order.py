@@ -4,9 +4,9 @@ import grain
 
 
 def train_order(size: int, seed: int, batch_size: int, repeats: int) -> grain.MapDataset:
-    """The endless training order: `train_order(...)[t]`, modulo `size`, is the example of row t mod B of batch t div B.
+    """The endless order of training: element t is the index of the example in row t mod B of batch t div B.
 
-    One permutation of the split after another, a fresh one each time round. With `repeats` > 1, repeated augmentation
+    It is a random permutation of the split, then another one, and so on. With `repeats` > 1 it is repeated augmentation
     (Hoffer et al. 2020), as in the official code of DeiT, PVT and ResT (`samplers.py`): see `_Repeated`.
 
     Args:
@@ -16,7 +16,7 @@ def train_order(size: int, seed: int, batch_size: int, repeats: int) -> grain.Ma
       repeats: copies of an example; 0 or 1 for none.
 
     Raises:
-      ValueError: `repeats` > 1 with a batch larger than the split, so that an epoch has no step.
+      ValueError: `repeats` > 1 and B > N: an epoch of floor(N / B) steps would have none.
     """
     order = grain.MapDataset.range(size).seed(seed).shuffle().repeat()
     if repeats <= 1:

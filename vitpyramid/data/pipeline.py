@@ -4,7 +4,11 @@ import atexit
 import functools
 import itertools
 import logging
+import multiprocessing
+import os
 import sys
+import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -29,10 +33,10 @@ def make_train(
 ) -> "BatchIterator":
     """Returns the endless training stream of one host, from batch `start_step` on.
 
-    The stream is one permutation of the split after another, a fresh one each time round. Batches straddle them, so
-    every global batch is full and no example is ever dropped: an epoch of floor(N / B) steps, as schedules count, draws
-    N - N mod B examples, and those it leaves come first in the next one. `data.repeats` changes that, see
-    `vitpyramid.data.order`.
+    The stream is a permutation of the split, then another one, and so on, cut into batches of B = `batch_size`. So
+    every batch is full and no example is dropped; a batch may hold the end of one permutation and the beginning of the
+    next. Schedules call floor(N / B) steps an epoch of N examples; the next epoch goes on with the example after the
+    last one drawn, also within a permutation. `data.repeats` changes that, see `vitpyramid.data.order`.
 
     Host h holds the rows [h * b, (h + 1) * b) of each global batch: side by side the hosts' batches are the batch that
     one host would have. Batch k depends on `config.seed`, `data.repeats` and k alone, not on the number of hosts,
@@ -94,7 +98,8 @@ def make_eval(config, source: Source, process_index: int = 0, process_count: int
       True for an example that cannot be read: black, label 0 and mask False, like padding.
 
     Raises:
-      ValueError: as `make_train`.
+      ValueError: as `make_train`. From the iterator, at the end: with `on_corrupt` "skip", not one of this host's
+        examples can be read.
     """
     rows = host_rows("eval.batch_size", config.eval.batch_size, process_index, process_count)
     load = functools.partial(
@@ -105,14 +110,15 @@ def make_eval(config, source: Source, process_index: int = 0, process_count: int
     )
     padded = -(-len(source) // config.eval.batch_size) * config.eval.batch_size
     mine = HostRows(grain.MapDataset.range(padded).map(load), rows, process_index, process_count)
-    return EvalBatches(mine, rows, config.data.threads, config.data.workers)
+    return EvalBatches(mine, source, rows, config.data.threads, config.data.workers)
 
 
 class EvalBatches:
     """A sized, re-iterable run of batches; every `iter` starts from the first one."""
 
-    def __init__(self, examples: grain.MapDataset, rows: int, threads: int, workers: int):
+    def __init__(self, examples: grain.MapDataset, source: Source, rows: int, threads: int, workers: int):
         self._examples = examples
+        self._source = source
         self._rows = rows
         self._threads = threads
         self._workers = workers
@@ -120,8 +126,21 @@ class EvalBatches:
     def __len__(self) -> int:
         return len(self._examples) // self._rows
 
-    def __iter__(self) -> "BatchIterator":
-        return BatchIterator(self._examples, self._rows, self._threads, self._workers, endless=False)
+    def __iter__(self) -> Iterator[Batch]:
+        batches = BatchIterator(self._examples, self._rows, self._threads, self._workers, endless=False)
+        read = skipped = 0
+        try:
+            for batch in batches:
+                read += batch["mask"].sum()
+                skipped += batch["skipped"].sum() if "skipped" in batch else 0
+                yield batch
+        finally:
+            batches.close()
+        if skipped and not read:  # a host may have nothing but padding
+            raise ValueError(
+                f"data.on_corrupt: {self._source.name!r}, split {self._source.split!r}: none of the {skipped} examples "
+                "of this host can be read, expected at least one."
+            )
 
 
 class BatchIterator(Iterator[Batch]):
@@ -147,7 +166,8 @@ class BatchIterator(Iterator[Batch]):
             # keeps each worker's last piece in a cycle, and shared memory would be reported leaked at exit.
             options = grain.experimental.DatasetOptions(min_shm_size=0 if endless else sys.maxsize)
             dataset = grain.experimental.WithOptionsIterDataset(dataset, options)
-            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+            options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+            dataset = dataset.mp_prefetch(options, _end_with_parent)
         self._iterator = iter(dataset)
         _OPEN.add(self)
 
@@ -180,6 +200,21 @@ def _close_all() -> None:
     # Left to the interpreter's teardown, Grain's destructors find their modules gone: noise and leaked shared memory.
     for iterator in list(_OPEN):
         iterator.close()
+
+
+def _end_with_parent(worker: int, workers: int) -> None:
+    """Runs in each worker: lets it end when the process that started it is gone, be it by SIGKILL."""
+    del worker, workers
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    # Waits on a pipe. Linux's PR_SET_PDEATHSIG would fire when the thread ends that started the worker.
+    multiprocessing.parent_process().join()
+    # By then the worker waits for room in its queue, so that it is not killed between making shared memory and
+    # registering it. With the last worker ends the resource tracker of multiprocessing, which frees what is registered.
+    time.sleep(1)
+    os._exit(1)
 
 
 def _train_example(

@@ -3,7 +3,7 @@
 import bisect
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 class Shards:
@@ -27,3 +27,18 @@ class Shards:
             raise IndexError(f"{index} is not in [0, {len(self)}).")
         shard = bisect.bisect_right(self._ends, index)
         return shard, index - (self._ends[shard - 1] if shard else 0) + self._skips[shard]
+
+
+def check_counts(instructions: Sequence, counts: Mapping[str, int]) -> None:
+    """Compares the records that each file has, by path, with TFDS's instructions.
+
+    Raises:
+      ValueError: a file has more or fewer.
+    """
+    for instruction in instructions:
+        path = os.fspath(instruction.filename)
+        if counts[path] != instruction.examples_in_shard:
+            raise ValueError(
+                f"{path}: has {counts[path]} records, expected {instruction.examples_in_shard} as in dataset_info.json "
+                "beside it."
+            )

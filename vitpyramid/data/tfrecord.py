@@ -8,6 +8,7 @@ are read once and the offsets kept in the user's cache folder, under a name made
 import concurrent.futures
 import functools
 import hashlib
+import io
 import logging
 import os
 import struct
@@ -19,8 +20,9 @@ import google_crc32c
 import numpy as np
 import platformdirs
 
-from vitpyramid.data.progress import with_progress
-from vitpyramid.data.shards import Shards
+from vitpyramid.data.shards import Shards, check_counts
+from vitpyramid.files import write_atomically
+from vitpyramid.progress import with_progress
 
 log = logging.getLogger(__name__)
 _HEADER = struct.Struct("<QI")
@@ -43,12 +45,7 @@ class TFRecords(Sequence[bytes]):
         """
         self._shards = Shards(instructions)
         offsets = index_files(list(dict.fromkeys(self._shards.paths)))
-        for instruction, path in zip(instructions, self._shards.paths, strict=True):
-            if len(offsets[path]) - 1 != instruction.examples_in_shard:
-                raise ValueError(
-                    f"{path}: has {len(offsets[path]) - 1} records, expected {instruction.examples_in_shard} as in "
-                    "dataset_info.json beside it."
-                )
+        check_counts(instructions, {path: len(starts_and_end) - 1 for path, starts_and_end in offsets.items()})
         self._offsets = [offsets[path] for path in self._shards.paths]
 
     def __len__(self) -> int:
@@ -144,14 +141,11 @@ def _load(cached: Path, size: int) -> np.ndarray | None:
 
 
 def _save(cached: Path, offsets: np.ndarray) -> None:
-    """Writes under another name and renames, so that of several processes each finds a whole file or none."""
-    descriptor, temporary = tempfile.mkstemp(dir=cached.parent)
+    content = io.BytesIO()
+    np.save(content, offsets)
     try:
-        with open(descriptor, "wb") as file:
-            np.save(file, offsets)
-        os.replace(temporary, cached)
+        write_atomically(cached, content.getvalue())
     except OSError as error:
-        os.unlink(temporary)
         log.warning("the index of a TFRecord file was not kept and will be made again: %s", error)
 
 

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from vitpyramid import data
 from vitpyramid.data import augment, image_ops, jpeg
 from vitpyramid.tools import config_args
-from vitpyramid.train.mesh import batch_sharding, make_mesh, to_devices
+from vitpyramid.train.sharding import batch_sharding, make_mesh, to_devices
 
 _LEAST = 8  # images or batches in a measurement, however long they take
 _LARGEST_BATCH = 256
@@ -40,8 +40,8 @@ class Rate:
 def data_rates(config: ConfigDict, seconds: float) -> Iterator[Rate]:
     """Measures each step for about `seconds`: one image after the other first, then whole batches.
 
-    Each step includes those before it, but reading, which is not part of the three that follow it. Batches are of at
-    most 256 images.
+    Decoding, cropping and augmenting each include the ones before, on files that are in memory; batches include reading
+    as well. Batches are of at most 256 images.
 
     Raises:
       ValueError: as `data.open_source`, `augment.from_config` and `data.make_train`.

@@ -19,6 +19,7 @@ import jax
 
 import vitpyramid
 from vitpyramid.models.registry import get_variant
+from vitpyramid.tools.arguments import at_least
 from vitpyramid.weights.containers import open_contents
 from vitpyramid.weights.fetch import fetch, sha256
 from vitpyramid.weights.importer import PROBLEMS, import_weights
@@ -58,15 +59,15 @@ def to_orbax(
     print(f"took {contents.container}, {contents.names} names")
     converted = import_weights(contents, name, num_classes, image_size, allow, seed)
     params = sum(array.size for array in jax.tree.leaves(converted.variables["params"]))
+    network = converted.network
     print(
-        f"{'recognised' if name is None else 'is'} {converted.name}, {converted.num_classes} classes, "
-        f"{converted.image_size} x {converted.image_size} pixels, {params:,} parameters"
+        f"{'recognised' if name is None else 'is'} {network['name']}, {network['num_classes']} classes, "
+        f"{network['image_size']} x {network['image_size']} pixels, {params:,} parameters"
     )
     for kind, keys in converted.notes.items():
         print(f"{kind} ({len(keys)}): {', '.join(keys[:LISTED])}{', ...' if len(keys) > LISTED else ''}")
     dtypes = sorted({str(array.dtype) for array in contents.state_dict.values()})
     contents.state_dict.clear()  # the file's memory, before writing takes some of its own
-    network = {"name": converted.name, "num_classes": converted.num_classes, "image_size": converted.image_size}
     write_weights(out, network, converted.variables)
     report = {
         "source": str(source),
@@ -123,15 +124,6 @@ def _allow(text: str) -> tuple[str, ...]:
     return kinds
 
 
-def _at_least(least: int):
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text}: expected an integer of at least {least}")
-        return int(text)
-
-    return number
-
-
 def main() -> int:
     parser = argparse.ArgumentParser("python -m vitpyramid.tools.convert", description=__doc__.split("\n\n")[0])
     parser.add_argument("input", help="file, hf://owner/repo[/file] or https://...; with --to-torch a folder")
@@ -140,9 +132,9 @@ def main() -> int:
     parser.add_argument(
         "--weights", choices=("auto", "ema", "raw"), default="auto", help="moving average or raw weights"
     )
-    parser.add_argument("--num-classes", type=_at_least(1), help="of a new head, if not the file's number")
-    parser.add_argument("--size", type=_at_least(32), help="side of the images that position tables are resized for")
-    parser.add_argument("--seed", type=_at_least(0), default=0, help="of parameters that are not in the file")
+    parser.add_argument("--num-classes", type=at_least(1), help="of a new head, if not the file's number")
+    parser.add_argument("--size", type=at_least(32), help="side of the images that position tables are resized for")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of parameters that are not in the file")
     parser.add_argument("--allow", type=_allow, default=(), help="missing,unexpected,wrong_shape: no errors then")
     parser.add_argument("--to-torch", action="store_true", help="from a folder to PyTorch")
     args = parser.parse_args()

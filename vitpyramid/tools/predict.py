@@ -29,8 +29,9 @@ from vitpyramid.data.augment import Size, decode, eval_crop, height_width
 from vitpyramid.data.folder import EXTENSIONS
 from vitpyramid.models.backbone import Variant
 from vitpyramid.models.registry import create_model, get_variant, list_models
+from vitpyramid.tasks.prepare import normalise
+from vitpyramid.tools.arguments import at_least
 from vitpyramid.tools.summary import image_size
-from vitpyramid.train.step import normalise
 from vitpyramid.weights import load_pretrained
 
 # The first words of the synsets of ILSVRC 2012 in its order, as torchvision lists them (BSD-3-Clause), which tells both
@@ -252,12 +253,6 @@ def run(args: argparse.Namespace) -> int:
     return 2 if skipped or problems else 0
 
 
-def _at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected an integer of at least 1")
-    return int(text)
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit code."""
     parser = argparse.ArgumentParser("python -m vitpyramid.tools.predict", description=__doc__.splitlines()[0])
@@ -269,8 +264,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--model", help="name of the network; recognised by the weights if left out")
     parser.add_argument("--size", type=image_size, help="HEIGHTxWIDTH or SIDE of the images; default: the model's own")
-    parser.add_argument("--top", type=_at_least_one, default=5, help="classes of an image; default: 5")
-    parser.add_argument("--batch", type=_at_least_one, default=16, help="images at a time; default: 16")
+    parser.add_argument("--top", type=at_least(1), default=5, help="classes of an image; default: 5")
+    parser.add_argument("--batch", type=at_least(1), default=16, help="images at a time; default: 16")
     parser.add_argument("--classes", type=Path, help="file with the names of the classes, one a line")
     parser.add_argument("--json", action="store_true", help="one line of JSON an image")
     try:

@@ -10,15 +10,14 @@ import math
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw
 
-from vitpyramid import data
+from vitpyramid.tasks import Task, make_task
+from vitpyramid.tasks.classify import channel_statistics
 from vitpyramid.tools import config_args
 from vitpyramid.train.rng import named_key
-from vitpyramid.train.step import channel_statistics, make_prepare
 
 PARTS = (("training", "train"), ("evaluation", "eval"))
 
@@ -33,31 +32,38 @@ def preview(config: ConfigDict, count: int) -> Image.Image:
     They are augmented as in the run, but mixed among themselves.
 
     Raises:
-      ValueError: as `data.open_source` and `data.make_train`.
+      ConfigError: the config does not fit the data.
     """
+    task = small_task(config, count)
+    train, held_out = (f"{part}: {config.data.name}, {config.data[f'{split}_split']}" for part, split in PARTS)
+    return stack([sheet(train, *training_images(task)), sheet(held_out, *evaluation_images(task))])
+
+
+def small_task(config: ConfigDict, count: int) -> Task:
+    """The task of a config with batches of `count`, and label weights as they were mixed."""
     config = config.copy_and_resolve_references()
     config.batch_size = config.eval.batch_size = count
     config.data.workers = 0
-    train, held_out = (f"{part}: {config.data.name}, {config.data[f'{split}_split']}" for part, split in PARTS)
-    return stack([sheet(train, *training_images(config)), sheet(held_out, *evaluation_images(config))])
+    config.loss.label_smoothing = 0.0
+    config.model.dtype = "float32"
+    return make_task(config)
 
 
-def training_images(config: ConfigDict) -> tuple[np.ndarray, list[str]]:
+def training_images(task: Task) -> tuple[np.ndarray, list[str]]:
     """The first training batch as the first step prepares it, back in pixels (uint8), and captions."""
-    batches = data.make_train(config, data.open_source(config.data, config.data.train_split))
+    batches = task.train_batches(0)
     batch = next(batches)
     batches.close()
-    config.loss.label_smoothing = 0.0  # leaves the weights of the mixed labels
-    key = jax.random.fold_in(named_key(config.seed, "mix"), 0)
-    prepared = jax.jit(make_prepare(config, jnp.float32))(key, {name: batch[name] for name in ("image", "label")})
-    mean, std = (np.asarray(values) for values in channel_statistics(config))
-    pixels = np.rint(255 * (np.asarray(prepared["image"]) * std + mean))
-    return pixels.clip(0, 255).astype(np.uint8), [caption(target) for target in np.asarray(prepared["targets"])]
+    key = jax.random.fold_in(named_key(task.config.seed, "mix"), 0)
+    images, targets = jax.jit(task.prepare)(key, batch, {})
+    mean, std = (np.asarray(values) for values in channel_statistics(task.config))
+    pixels = np.rint(255 * (np.asarray(images) * std + mean))
+    return pixels.clip(0, 255).astype(np.uint8), [caption(target) for target in np.asarray(targets["mixed"])]
 
 
-def evaluation_images(config: ConfigDict) -> tuple[np.ndarray, list[str]]:
+def evaluation_images(task: Task) -> tuple[np.ndarray, list[str]]:
     """The first evaluation batch, without padding, and captions."""
-    batches = iter(data.make_eval(config, data.open_source(config.data, config.data.eval_split)))
+    batches = iter(task.eval_batches())
     batch = next(batches)
     batches.close()
     real = batch["mask"]

@@ -1,78 +1,41 @@
-"""Checkpoints: the state, and beside it what is needed to know that a run goes on where it stopped.
+"""Whether a run may go on from a checkpoint, or be evaluated with it. The format is in `weights.store`.
 
-Each lies in `WORKDIR/checkpoints/STEP`, written under a temporary name and renamed when complete, so a half-written one
-is never picked up. The data's position needs no file: batches are a function of the seed and the step.
+The data's position needs no file: batches are a function of the seed and the step.
 """
 
 from pathlib import Path
 
-import jax
 import orbax.checkpoint as ocp
-from ml_collections import ConfigDict
 
-from vitpyramid.train.config import ConfigError, differences
+from vitpyramid.tasks.task import ConfigError, Task
+from vitpyramid.train.config import differences
 from vitpyramid.train.state import TrainState
-from vitpyramid.weights.store import CONVERTED, FOLDER
+from vitpyramid.weights import store
 
 
-def open_checkpoints(workdir: Path, keep: int = 1, read_only: bool = False) -> ocp.CheckpointManager:
-    """The checkpoints of a work directory; the newest `keep` are kept as new ones are saved."""
-    options = ocp.CheckpointManagerOptions(
-        preservation_policy=ocp.checkpoint_managers.LatestN(keep),
-        create=not read_only,
-        cleanup_tmp_directories=not read_only,
-    )
-    # Orbax splits every copied array among the devices that hold it, which compiles one program per shape; below this
-    # size the compilations cost far more than the writing.
-    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
-    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
-    handlers = {
-        "state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
-        "meta": ocp.JsonCheckpointHandler(),
-    }
-    return ocp.CheckpointManager((workdir / FOLDER).absolute(), options=options, item_handlers=handlers)
-
-
-def save(manager: ocp.CheckpointManager, state: TrainState, config: ConfigDict, num_examples: int) -> None:
+def save(manager: ocp.CheckpointManager, state: TrainState, task: Task) -> None:
     """Starts saving the state of this step; the files are written while training goes on."""
     meta = {
-        "network": {**network(config), "scan": config.model.scan},
-        "ema": config.ema.decay > 0,
-        "config": config.to_dict(),
-        "num_examples": num_examples,
+        "network": _network(task),
+        "ema": bool(state.ema),
+        "config": task.config.to_dict(),
+        "num_examples": task.num_examples(),
     }
-    items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
-    manager.save(int(state.step), args=items)
-
-
-def restore(manager: ocp.CheckpointManager, step: int, abstract):
-    """What was saved at `step`, with the shapes, dtypes and shardings of `abstract`, whatever mesh saved it.
-
-    `abstract` is a whole `TrainState`, or a dict of some of its fields.
-    """
-    restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-    state = ocp.args.PyTreeRestore(abstract, restore_args, partial_restore=isinstance(abstract, dict))
-    return manager.restore(step, args=ocp.args.Composite(state=state))["state"]
-
-
-def network(config: ConfigDict) -> dict:
-    """What `create_model` needs to know to make the network of a config again."""
-    model = config.model
-    return {"name": model.name, "num_classes": model.num_classes, "image_size": config.data.image_size}
+    store.save(manager, int(state.step), state, meta)
 
 
 def check_is_no_conversion(workdir: Path) -> None:
     """Raises `ConfigError` if `workdir` holds converted weights, which a run must not replace."""
-    if (workdir / CONVERTED).exists():
+    if (workdir / store.CONVERTED).exists():
         raise ConfigError(f"--workdir={workdir}: expected a folder for a run, this one holds converted weights")
 
 
-def check_continues(manager: ocp.CheckpointManager, step: int, config: ConfigDict, num_examples: int) -> None:
-    """Raises `ConfigError` if going on from a checkpoint with this config would not continue the run that saved it."""
-    meta = _read_meta(manager, step)
-    changed = differences(config, meta["config"])
-    if meta["num_examples"] != num_examples:
-        changed.append(f"examples in data.train_split: {meta['num_examples']} -> {num_examples}")
+def check_continues(manager: ocp.CheckpointManager, step: int, task: Task) -> None:
+    """Raises `ConfigError` if going on from a checkpoint with this task would not continue the run that saved it."""
+    meta = store.read_meta(manager, step)
+    changed = differences(task.config, meta["config"])
+    if meta["num_examples"] != task.num_examples():
+        changed.append(f"examples in data.train_split: {meta['num_examples']} -> {task.num_examples()}")
     if changed:
         raise ConfigError(
             f"{manager.directory}/{step} was saved by a run with another config:\n  "
@@ -81,20 +44,20 @@ def check_continues(manager: ocp.CheckpointManager, step: int, config: ConfigDic
         )
 
 
-def check_evaluates(manager: ocp.CheckpointManager, step: int, config: ConfigDict) -> bool:
-    """Raises `ConfigError` if this config is not of the network that was saved. Returns whether it has an average."""
-    meta = _read_meta(manager, step)
-    ours = {**network(config), "scan": config.model.scan}
-    keys = {"name": "model.name", "num_classes": "model.num_classes", "image_size": "data.image_size"}
+def check_evaluates(manager: ocp.CheckpointManager, step: int, task: Task) -> bool:
+    """Raises `ConfigError` if this task is not of the network that was saved. Returns whether it has an average."""
+    meta = store.read_meta(manager, step)
+    saved, ours = meta["network"], _network(task)
     changed = [
-        f"{keys.get(key, f'model.{key}')}: {meta['network'][key]!r} -> {ours[key]!r}"
-        for key in ours
-        if ours[key] != meta["network"][key]
+        f"{key}: {saved[name]!r} -> {ours[name]!r}"
+        for key, name in zip(task.network, ours, strict=True)
+        if saved[name] != ours[name]
     ]
     if changed:
         raise ConfigError(f"{manager.directory}/{step} was saved with another config:\n  " + "\n  ".join(changed))
     return meta["ema"]
 
 
-def _read_meta(manager: ocp.CheckpointManager, step: int) -> dict:
-    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+def _network(task: Task) -> dict:
+    """By the last part of the config keys, which is what `create_model` calls them."""
+    return {key.rpartition(".")[2]: value for key, value in task.network.items()}

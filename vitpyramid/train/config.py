@@ -1,12 +1,21 @@
 """Checks a config before any work starts, and compares it with the config of an earlier run."""
 
 import numbers
-import re
 from collections.abc import Callable, Mapping
 
 from ml_collections import ConfigDict
 
-from vitpyramid.models.registry import list_models
+from vitpyramid.tasks import TASKS
+from vitpyramid.tasks.rules import (
+    AT_LEAST_ONE,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    are_patterns,
+    one_of,
+)
+from vitpyramid.tasks.task import ConfigError
 
 # Keys that change neither what is learned nor how it is measured: a run may be resumed with others.
 NEUTRAL = (
@@ -21,94 +30,40 @@ NEUTRAL = (
     "compile_cache",
 )
 
-_POSITIVE = (lambda v: v > 0, "more than 0")
-_AT_LEAST_ONE = (lambda v: v >= 1, "at least 1")
-_NOT_NEGATIVE = (lambda v: v >= 0, "0 or more")
-_FRACTION = (lambda v: 0 <= v < 1, "at least 0 and less than 1")
-_PROBABILITY = (lambda v: 0 <= v <= 1, "between 0 and 1")
-
-_CHANNELS = (lambda v: len(v) in (0, 3) and all(x > 0 for x in v), "three numbers more than 0, or none")
-
-
-def _one_of(*values: str) -> tuple[Callable, str]:
-    return (lambda v: v in values), "one of " + ", ".join(map(repr, values))
-
-
-def _are_rules(rules: list) -> bool:
-    try:
-        return all(re.compile(pattern) and factor >= 0 for pattern, factor in rules)
-    except (ValueError, re.error):  # not pairs; no regular expression
-        return False
-
-
-# Every numeric key has a rule (a test checks it).
+# Of the keys that every task has; the others' rules are in the task's module. Every numeric key has a rule (a test
+# checks it).
 RULES = {
+    "task": one_of(*TASKS),
     "seed": (lambda v: 0 <= v < 2**31, "at least 0 and less than 2**31"),
-    "batch_size": _AT_LEAST_ONE,
-    "epochs": _POSITIVE,
-    "data.crop_padding": _NOT_NEGATIVE,
-    "data.interpolation": _one_of("bicubic", "bilinear", "random"),
-    "data.color_jitter": _NOT_NEGATIVE,
-    "data.repeats": _AT_LEAST_ONE,
-    "data.eval_interpolation": _one_of("bicubic", "bilinear"),
-    "data.on_corrupt": _one_of("error", "skip"),
-    "data.mean": _CHANNELS,
-    "data.std": _CHANNELS,
-    "mix.mixup": _NOT_NEGATIVE,
-    "mix.cutmix": _NOT_NEGATIVE,
-    "mix.prob": _PROBABILITY,
-    "mix.switch_prob": _PROBABILITY,
-    "mix.mode": _one_of("batch", "pair", "elem"),
-    "erase.prob": _PROBABILITY,
-    "erase.mode": _one_of("pixel", "rand", "const"),
-    "erase.count": _AT_LEAST_ONE,
-    "optim.name": _one_of("adamw", "adamp", "sgd"),
-    "optim.momentum": _FRACTION,
-    "optim.accumulate": _AT_LEAST_ONE,
-    "optim.layer_decay": (lambda v: 0 < v <= 1, "more than 0 and at most 1"),
-    "optim.lr_rules": (_are_rules, "(pattern, factor) pairs with a regular expression and a factor of 0 or more"),
-    "schedule.name": _one_of("cosine", "constant"),
-    "schedule.per": _one_of("step", "epoch"),
+    "batch_size": AT_LEAST_ONE,
+    "epochs": POSITIVE,
+    "optim.name": one_of("adamw", "adamp", "sgd"),
+    "optim.lr": POSITIVE,
+    "optim.lr_batch": NOT_NEGATIVE,
+    "optim.beta1": FRACTION,
+    "optim.beta2": FRACTION,
+    "optim.eps": POSITIVE,
+    "optim.momentum": FRACTION,
+    "optim.weight_decay": NOT_NEGATIVE,
+    "optim.clip_norm": NOT_NEGATIVE,
+    "optim.accumulate": AT_LEAST_ONE,
+    "optim.layer_decay": SHARE,
+    "optim.lr_rules": (are_patterns, "(pattern, factor) pairs with a regular expression and a factor of 0 or more"),
+    "schedule.name": one_of("cosine", "constant"),
+    "schedule.per": one_of("step", "epoch"),
     "schedule.lag": (lambda v: v in (0, 1), "0 or 1"),
-    "schedule.cooldown_epochs": _NOT_NEGATIVE,
-    "distill.kind": _one_of("hard", "soft"),
-    "distill.alpha": _PROBABILITY,
-    "distill.tau": _POSITIVE,
-    "model.name": (lambda v: v in list_models(), "one of vitpyramid.list_models()"),
-    "model.num_classes": _NOT_NEGATIVE,
-    "model.drop_rate": _FRACTION,
-    "model.drop_path_rate": _FRACTION,
-    "model.dtype": (lambda v: v in ("bfloat16", "float32"), '"bfloat16" or "float32"'),
-    "data.image_size": (lambda v: v >= 32, "at least 32"),
-    "data.crop_scale": (lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1, "(low, high) with 0 < low <= high <= 1"),
-    "data.crop_ratio": (lambda v: len(v) == 2 and 0 < v[0] <= v[1], "(low, high) with 0 < low <= high"),
-    "data.flip": _PROBABILITY,
-    "data.eval_crop": (lambda v: 0 < v <= 1, "more than 0 and at most 1"),
-    "data.threads": _AT_LEAST_ONE,
-    "data.workers": _NOT_NEGATIVE,
-    "optim.lr": _POSITIVE,
-    "optim.lr_batch": _NOT_NEGATIVE,
-    "optim.beta1": _FRACTION,
-    "optim.beta2": _FRACTION,
-    "optim.eps": _POSITIVE,
-    "optim.weight_decay": _NOT_NEGATIVE,
-    "optim.clip_norm": _NOT_NEGATIVE,
-    "schedule.warmup_epochs": _NOT_NEGATIVE,
-    "schedule.warmup_lr": _NOT_NEGATIVE,
-    "schedule.min_lr": _NOT_NEGATIVE,
-    "loss.label_smoothing": _FRACTION,
-    "ema.decay": _FRACTION,
-    "mesh.fsdp": _AT_LEAST_ONE,
-    "log.every_steps": _AT_LEAST_ONE,
-    "eval.batch_size": _AT_LEAST_ONE,
-    "eval.every_epochs": _POSITIVE,
-    "checkpoint.every_epochs": _POSITIVE,
-    "checkpoint.keep": _AT_LEAST_ONE,
+    "schedule.warmup_epochs": NOT_NEGATIVE,
+    "schedule.warmup_lr": NOT_NEGATIVE,
+    "schedule.min_lr": NOT_NEGATIVE,
+    "schedule.cooldown_epochs": NOT_NEGATIVE,
+    "ema.decay": FRACTION,
+    "mesh.fsdp": AT_LEAST_ONE,
+    "log.every_steps": AT_LEAST_ONE,
+    "eval.batch_size": AT_LEAST_ONE,
+    "eval.every_epochs": POSITIVE,
+    "checkpoint.every_epochs": POSITIVE,
+    "checkpoint.keep": AT_LEAST_ONE,
 }
-
-
-class ConfigError(ValueError):
-    """A config that cannot be run; the message names each key, its value and what was expected."""
 
 
 def flatten(config: Mapping, prefix: str = "") -> dict:
@@ -131,14 +86,16 @@ def validate(config: ConfigDict, reference: ConfigDict, device_count: int) -> No
     flat, known = flatten(config), flatten(reference)
     problems = [f"{key} = {flat[key]!r}: no such key" for key in flat if key not in known]
     problems += [f"{key}: missing" for key in known if key not in flat]
+    task = TASKS.get(flat.get("task"))
+    rules = RULES | (task.RULES if task else {})
     for key in flat.keys() & known.keys():
         value = flat[key]
         if not _same_type(value, known[key]):
             problems.append(f"{key} = {value!r}: expected {_type_name(known[key])}")
-        elif key in RULES and not _holds(RULES[key][0], value):
-            problems.append(f"{key} = {value!r}: expected {RULES[key][1]}")
+        elif key in rules and not _holds(rules[key][0], value):
+            problems.append(f"{key} = {value!r}: expected {rules[key][1]}")
     if not problems:
-        problems = _cross_checks(config, device_count)
+        problems = _cross_checks(config, device_count) + task.check(config)
     if problems:
         raise ConfigError("the config cannot be run:\n  " + "\n  ".join(sorted(problems)))
 
@@ -174,8 +131,6 @@ def _cross_checks(config: ConfigDict, device_count: int) -> list[str]:
             problems.append(f"{key} = {size}: expected a multiple of the {device_count} devices")
     if device_count % config.mesh.fsdp:
         problems.append(f"mesh.fsdp = {config.mesh.fsdp}: expected a divisor of the {device_count} devices")
-    if config.model.name.endswith("_distilled") and not config.distill.teacher:
-        problems.append("distill.teacher = '': expected a teacher's weights, as the network has a head for it")
     parts = config.optim.accumulate
     if config.batch_size % (parts * device_count):
         problems.append(

@@ -1,6 +1,7 @@
 """SIGTERM and SIGINT as a request: save, then leave."""
 
 import contextlib
+import itertools
 import signal
 from collections.abc import Callable, Iterator
 
@@ -9,22 +10,23 @@ from jax.experimental import multihost_utils
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[Callable[[int], bool]]:
-    """Yields `requested(step)`: True at the step after which every process should stop.
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Yields `requested()`: True once every process should stop.
 
     The first SIGTERM or SIGINT is a request; a second SIGINT interrupts at once. With several processes the
-    coordination service picks one step for all of them, for which each must ask at every step.
+    coordination service picks the call at which all of them hear of it, so all must call alike: after each step, and
+    after each batch of an evaluation.
     """
-    received = []
+    received, calls = [], itertools.count(1)
 
     def handle(signum, frame):
         if received and signum == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(signum)
 
-    def requested(step: int) -> bool:
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
+    def requested() -> bool:
+        if jax.process_count() > 1 and not received and multihost_utils.reached_preemption_sync_point(next(calls)):
+            received.append(signal.SIGTERM)
         return bool(received)
 
     # With several processes the coordination service listens for SIGTERM itself.

@@ -1,118 +1,92 @@
-"""A config as compiled programs: what the loop runs, the benchmark times and the preflight compiles."""
+"""A task as compiled programs: what the loop runs, the benchmark times and the preflight compiles."""
 
+import functools
 import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import platformdirs
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
+from jax.sharding import Mesh
 
-from vitpyramid.train import mesh as meshes
-from vitpyramid.train.config import ConfigError
-from vitpyramid.train.mesh import batch_sharding
-from vitpyramid.train.metrics import EvalMetrics
+from vitpyramid.tasks.task import ConfigError, Task
 from vitpyramid.train.optim import make_optimizer
 from vitpyramid.train.schedule import Horizon, make_schedule
-from vitpyramid.train.state import abstract_state, init_function, model_from_config
+from vitpyramid.train.sharding import abstract_state, batch_sharding, replicated
+from vitpyramid.train.state import TrainState, initial_state, initial_variables
 from vitpyramid.train.step import make_eval_step, make_train_step
 
 log = logging.getLogger(__name__)
 
 
 class Program(NamedTuple):
-    """The functions of a run.
+    """A run's functions and the shapes, dtypes and shardings of what they take.
 
     Attributes:
-      model: the network.
       horizon: length of the run.
       init: `() -> TrainState` of step 0.
-      state: shapes, dtypes and shardings of the state.
-      teacher: shapes, dtypes and shardings of the teacher's variables; empty without one.
-      train_step: `(state, batch, teacher_variables) -> (state, metrics)`.
-      eval_step: `(variables, metrics, batch) -> metrics`.
+      state: abstract: of a `TrainState`.
+      constants: abstract: what the task's steps never change.
+      train_step: `(state, batch, constants) -> (state, metrics)`.
     """
 
-    model: nn.Module
     horizon: Horizon
-    init: Callable
-    state: Any
-    teacher: dict
+    init: Callable[[], TrainState]
+    state: TrainState
+    constants: dict
     train_step: Callable
-    eval_step: Callable
 
 
-def build(config: ConfigDict, num_examples: int, mesh: Mesh, teacher: tuple[nn.Module, dict] | None = None) -> Program:
-    """The program of a config for a training split of `num_examples`; nothing is computed or compiled.
-
-    `teacher` is what `load_pretrained` returns, for distillation.
+def build(task: Task, mesh: Mesh) -> Program:
+    """The training program of a task on a mesh; nothing is computed or compiled.
 
     Raises:
-      ConfigError: `optim.lr_rules` do not fit the network's parameters, or the teacher has other classes.
+      ConfigError: `optim.lr_rules` do not fit the network's parameters.
     """
-    model = model_from_config(config)
-    horizon = Horizon.of(config, num_examples)
-    size = config.data.image_size
-    images = jax.ShapeDtypeStruct((jax.device_count(), size, size, 3), model.dtype)
-    params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    config, model = task.config, task.model
+    horizon = Horizon.of(config, task.num_examples())
+    variables = abstract_variables(task, mesh)
     try:
-        optimizer = make_optimizer(config, horizon, params, model)
+        optimizer = make_optimizer(config, horizon, variables["params"], model)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    teacher_model, teacher_variables = teacher or (None, {})
-    if teacher_model is not None:
-        if teacher_model.num_classes != config.model.num_classes:
-            raise ConfigError(
-                f"distill.teacher = {config.distill.teacher!r}: expected {config.model.num_classes} classes, as "
-                f"model.num_classes, it has {teacher_model.num_classes}"
-            )
-        teacher_model = teacher_model.clone(dtype=model.dtype)
-    init = init_function(config, model, optimizer.tx)
+    start = functools.partial(initial_state, tx=optimizer.tx, average=config.ema.decay > 0)
     return Program(
-        model=model,
         horizon=horizon,
-        init=init,
-        state=abstract_state(init, mesh),
-        teacher=_abstract(mesh, teacher_variables),
-        train_step=make_train_step(config, model, optimizer, make_schedule(config, horizon), teacher_model),
-        eval_step=make_eval_step(config, model),
+        init=lambda: start(initial_variables(task, mesh.size)),
+        state=abstract_state(mesh, jax.eval_shape(start, variables)),
+        constants=abstract_state(mesh, task.constants()),
+        train_step=make_train_step(task, optimizer, make_schedule(config, horizon)),
     )
 
 
-def abstract_batch(config: ConfigDict, mesh: Mesh, evaluation: bool = False) -> dict:
+def abstract_variables(task: Task, mesh: Mesh) -> dict:
+    """Shapes, dtypes and shardings of the network's variables."""
+    return abstract_state(mesh, jax.eval_shape(functools.partial(initial_variables, task, mesh.size)))
+
+
+def abstract_batch(task: Task, mesh: Mesh, evaluation: bool = False) -> dict:
     """Shapes, dtypes and shardings of a batch on the devices."""
-    size = config.data.image_size
-    count = config.eval.batch_size if evaluation else config.batch_size
-    shapes = {"image": ((count, size, size, 3), "uint8"), "label": ((count,), "int32")}
-    if evaluation:
-        shapes["mask"] = ((count,), "bool")
-    if config.data.on_corrupt == "skip":
-        shapes["skipped"] = ((count,), "bool")
     sharding = batch_sharding(mesh)
-    return {k: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for k, (shape, dtype) in shapes.items()}
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), task.batch(evaluation)
+    )
 
 
-def compile_train_step(config: ConfigDict, program: Program, mesh: Mesh) -> jax.stages.Compiled:
+def compile_train_step(task: Task, program: Program, mesh: Mesh) -> jax.stages.Compiled:
     """The training step for this mesh. It takes the state's memory over."""
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
-    step = jax.jit(program.train_step, donate_argnums=0, out_shardings=(state_shardings, _replicated(mesh)))
-    return _compile("train step", step, program.state, abstract_batch(config, mesh), program.teacher)
+    step = jax.jit(program.train_step, donate_argnums=0, out_shardings=(state_shardings, replicated(mesh)))
+    return _compile("train step", step, program.state, abstract_batch(task, mesh), program.constants)
 
 
-def compile_eval_step(config: ConfigDict, program: Program, mesh: Mesh) -> jax.stages.Compiled:
-    """The evaluation step for this mesh."""
-    step = jax.jit(program.eval_step, out_shardings=_replicated(mesh))
-    batch = abstract_batch(config, mesh, evaluation=True)
-    return _compile("evaluation step", step, program.state.variables, empty_eval_metrics(mesh), batch)
-
-
-def empty_eval_metrics(mesh: Mesh) -> EvalMetrics:
-    """Metrics of no examples, on every device."""
-    return jax.device_put(EvalMetrics.empty(), _replicated(mesh))
+def compile_eval_step(task: Task, variables: dict, mesh: Mesh) -> jax.stages.Compiled:
+    """The evaluation step `(variables, batch) -> metrics` for this mesh; `variables` are abstract."""
+    # Replicated, so that every host reads all of the metrics.
+    step = jax.jit(make_eval_step(task), out_shardings=replicated(mesh))
+    return _compile("evaluation step", step, variables, abstract_batch(task, mesh, evaluation=True))
 
 
 def use_compile_cache(folder: str) -> None:
@@ -122,15 +96,6 @@ def use_compile_cache(folder: str) -> None:
     if folder:
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def _abstract(mesh: Mesh, variables: dict) -> dict:
-    shardings = meshes.state_sharding(mesh, variables)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), variables, shardings)
-
-
-def _replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec())
 
 
 def _compile(what: str, function, *args) -> jax.stages.Compiled:

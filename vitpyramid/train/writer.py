@@ -1,49 +1,35 @@
 """Where a run's numbers go: the console, TensorBoard events and a file of JSON lines, all from the first process."""
 
 import json
-import logging
-import os
+import math
 from pathlib import Path
 
 import jax
 from tensorboardX import SummaryWriter
 
-log = logging.getLogger(__name__)
+from vitpyramid.files import write_atomically
 
-
-def format_seconds(seconds: float) -> str:
-    """A duration for people: `42 s`, `3 min 20 s`, `5 h 02 min`."""
-    seconds = max(0, round(seconds))
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02d} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file in one step, so that a reader never sees half of it; from the first process only."""
-    if jax.process_index():
-        return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
+_EVALUATION = "eval/"  # begins the names of an evaluation's metrics
 
 
 class MetricWriter:
     """Scalars to `WORKDIR/tensorboard` and `WORKDIR/metrics.jsonl`.
 
     What an earlier run wrote for steps after `start_step` is dropped: those steps are about to be taken again.
+
+    Attributes:
+      evaluations: the metrics of each evaluation by its step, those of earlier runs included.
     """
 
     def __init__(self, workdir: Path, start_step: int):
+        path = workdir / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [record for line in lines if (record := _parse(line))["step"] <= start_step]
+        self.evaluations = {record["step"]: _strip(record) for record in kept if _strip(record)}
         self._active = jax.process_index() == 0
         if not self._active:
             return
-        path = workdir / "metrics.jsonl"
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= start_step]
-            write_atomically(path, "".join(f"{line}\n" for line in kept))
+        write_atomically(path, "".join(f"{json.dumps(record)}\n" for record in kept))
         self._lines = path.open("a")
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1 if start_step else None)
 
@@ -57,6 +43,11 @@ class MetricWriter:
             self._events.add_scalar(name, value, step)
         self._events.flush()
 
+    def write_evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Writes the metrics of an evaluation."""
+        self.evaluations[step] = metrics
+        self.write(step, {_EVALUATION + name: value for name, value in metrics.items()})
+
     def close(self) -> None:
         """Closes the files."""
         if self._active:
@@ -64,9 +55,15 @@ class MetricWriter:
             self._events.close()
 
 
-def _step_of(line: str) -> float:
-    """The step of a JSON line; a line cut off by a kill belongs to no step that is kept."""
+def _parse(line: str) -> dict:
+    """A JSON line; one cut off by a kill belongs to no step that is kept."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return float("inf")
+        record = json.loads(line)
+        return record if isinstance(record["step"], int) else {"step": math.inf}
+    except (ValueError, KeyError, TypeError):
+        return {"step": math.inf}
+
+
+def _strip(record: dict) -> dict[str, float]:
+    """The metrics of an evaluation; none if it was a line of training."""
+    return {name.removeprefix(_EVALUATION): value for name, value in record.items() if name.startswith(_EVALUATION)}

@@ -1,8 +1,11 @@
-"""Files of weights from a path, from the Hugging Face hub or from the web."""
+"""Files of weights from a path, from the Hugging Face hub or from the web.
+
+Downloads are written out here because libraries for them start anew after an interruption (pooch), or ask for the rest
+without making sure that the server's file is still the same (huggingface_hub, for other servers than its own).
+"""
 
 import errno
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -191,63 +194,55 @@ def _download(url: str, part: Path) -> None:
 
 def _transfer(url: str, part: Path) -> None:
     """One request, for what `part` does not have yet. urllib3 raises for an answer shorter than its Content-Length."""
-    offset, headers = _resumption(part)
-    headers["Accept-Encoding"] = "identity"  # compressed, neither Range nor Content-Length are the file's
+    note = _note_of(part)
+    version = note.read_text() if part.is_file() and note.is_file() else ""
+    offset = part.stat().st_size if version else 0
+    headers = {"Accept-Encoding": "identity"}  # compressed, neither Range nor Content-Length are the file's
+    if offset:
+        headers |= {"Range": f"bytes={offset}-", "If-Range": version}
     with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as response:
         goes_on = response.status_code == 206
         refused = goes_on and not response.headers.get("Content-Range", "").startswith(f"bytes {offset}-")
         if refused or response.status_code == 416:
             part.unlink()
             raise requests.ConnectionError(f"cannot go on at byte {offset}, starting again")
+        status = f"HTTP {response.status_code} {response.reason}"
         if response.status_code in _TRANSIENT:
-            raise requests.ConnectionError(_status(response))
+            raise requests.ConnectionError(status)
         if response.status_code not in (200, 206):
-            raise OSError(f"{url}: expected a file, got {_status(response)}")
+            raise OSError(f"{url}: expected a file, got {status}")
         if response.headers.get("Content-Type", "").startswith("text/html"):
             raise ValueError(f"{url}: expected a file of weights, got a web page")
-        if not goes_on:
-            offset = 0
-        length = response.headers.get("Content-Length")
-        size = None if length is None or "Content-Encoding" in response.headers else offset + int(length)
-        _write(url, response, part, offset, size)
+        _write(url, response, part, offset if goes_on else 0)
 
 
-def _write(url: str, response: requests.Response, part: Path, offset: int, size: int | None) -> None:
+def _write(url: str, response: requests.Response, part: Path, offset: int) -> None:
+    length = response.headers.get("Content-Length")
+    size = None if length is None or "Content-Encoding" in response.headers else int(length)
     free = shutil.disk_usage(part.parent).free
-    if size is not None and size - offset > free:
-        space = f"{(size - offset) / 1e6:.1f} MB in {part.parent}, {free / 1e6:.1f} MB are free"
-        raise OSError(f"{url}: expected space for {space}")
-    bar = tqdm(desc=part.stem, total=size, initial=offset, unit="B", unit_scale=True, mininterval=0.5)
+    if size is not None and size > free:
+        raise OSError(f"{url}: expected space for {size / 1e6:.1f} MB in {part.parent}, {free / 1e6:.1f} MB are free")
+    total = None if size is None else offset + size
+    bar = tqdm(desc=part.stem, total=total, initial=offset, unit="B", unit_scale=True, mininterval=0.5)
     with bar, part.open("ab" if offset else "wb") as file:
         if not offset:  # after the old bytes are gone, lest they be taken for those of this version
-            _note_version(part, response)
+            _note_of(part).write_text(_version(response))
         for chunk in response.iter_content(_CHUNK):
             file.write(chunk)
             bar.update(len(chunk))
 
 
 def _note_of(part: Path) -> Path:
-    return part.with_name(f"{part.name}.json")
+    """The file that says which version of the server's file the bytes in `part` are of."""
+    return part.with_name(f"{part.name}.version")
 
 
-def _note_version(part: Path, response: requests.Response) -> None:
-    """Keeps what tells the server's file from a later one of the same name: RFC 9110, section 13.1.5."""
+def _version(response: requests.Response) -> str:
+    """What tells the server's file from a later one of the same name: RFC 9110, section 13.1.5. Empty: nothing does."""
+    if "Content-Encoding" in response.headers:
+        return ""
     tag = response.headers.get("ETag", "")
-    version = tag if tag.startswith('"') else response.headers.get("Last-Modified")  # W/"..." is not for ranges
-    _note_of(part).write_text(json.dumps(None if "Content-Encoding" in response.headers else version))
-
-
-def _resumption(part: Path) -> tuple[int, dict[str, str]]:
-    """Bytes that `part` has, and the headers that ask for the others of the same version of the file."""
-    note = _note_of(part)
-    if not part.is_file() or not note.is_file() or not (offset := part.stat().st_size):
-        return 0, {}
-    version = json.loads(note.read_text() or "null")
-    return (offset, {"Range": f"bytes={offset}-", "If-Range": version}) if version else (0, {})
-
-
-def _status(response: requests.Response) -> str:
-    return f"HTTP {response.status_code} {response.reason}"
+    return tag if tag.startswith('"') else response.headers.get("Last-Modified", "")  # W/"..." is not for ranges
 
 
 def _reason(error: BaseException) -> str:

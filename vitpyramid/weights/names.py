@@ -15,7 +15,6 @@ rule stands in the tables below.
 """
 
 import functools
-import math
 import re
 from collections.abc import Mapping
 
@@ -23,6 +22,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from vitpyramid.models.backbone import Backbone, PositionTable
 from vitpyramid.models.registry import create_model
 
 TORCH_LEAF = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
@@ -36,6 +36,8 @@ TORCH_AXES = {
 }
 # Modules whose PyTorch name has a number behind an underscore (ResT).
 TORCH_MODULE = {f"patch_embedding_{i}": f"patch_embed_{i}" for i in (2, 3, 4)}
+# First parts of names whose shapes follow from the number of classes.
+HEADS = ("head", "head_dist")
 # Counters that PyTorch's BatchNorm keeps and never uses: ignored on the way in, zero on the way out.
 COUNTER = "num_batches_tracked"
 LISTED = 10
@@ -64,7 +66,7 @@ def torch_to_flax(name: str, state_dict: Mapping) -> dict:
     """
     arrays = {key: np.asarray(value) for key, value in state_dict.items() if not key.endswith(f".{COUNTER}")}
     shapes = {key: array.shape for key, array in arrays.items()}
-    expected = native_shapes(name, shapes)
+    expected = model_shapes(**network_of(name, shapes))
     _check(name, shapes, in_torch(expected))
     flat = {path: np.array(from_torch(path, arrays[torch_name(path)]), order="C") for path in expected}
     return traverse_util.unflatten_dict(flat)
@@ -85,10 +87,8 @@ def flax_to_torch(name: str, variables: Mapping) -> dict[str, np.ndarray]:
       ValueError: unknown `name`; missing keys, unexpected keys, wrong shapes (the message lists them).
     """
     arrays = {path: np.asarray(value) for path, value in traverse_util.flatten_dict(variables).items()}
-    torch_shapes = in_torch({path: array.shape for path, array in arrays.items()})
-    expected = native_shapes(name, torch_shapes)
-    shapes = {"/".join(path): array.shape for path, array in arrays.items()}
-    _check(name, shapes, {"/".join(path): shape for path, shape in expected.items()})
+    network = network_of(name, in_torch({path: array.shape for path, array in arrays.items()}))
+    check_variables(network, variables)
     state_dict = {torch_name(path): _to_torch(path, array) for path, array in arrays.items()}
     means = [key for key in state_dict if key.endswith(".running_mean")]
     return state_dict | {key.replace("running_mean", COUNTER): np.zeros((), np.int64) for key in means}
@@ -105,13 +105,16 @@ def _torch_axes(path: Path, ndim: int) -> tuple[int, ...]:
     return TORCH_AXES.get((path[-1], ndim)) or tuple(range(ndim))
 
 
-def torch_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(shape[axis] for axis in _torch_axes(path, len(shape)))
-
-
 def in_torch(shapes: Mapping[Path, tuple[int, ...]]) -> Shapes:
     """Shapes by PyTorch name, in PyTorch's layout, of Flax ones by path."""
-    return {torch_name(path): torch_shape(path, shape) for path, shape in shapes.items()}
+    return {
+        torch_name(path): tuple(shape[axis] for axis in _torch_axes(path, len(shape))) for path, shape in shapes.items()
+    }
+
+
+def _flax_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the Flax array at `path` (joined by "/") of a PyTorch array."""
+    return tuple(shape[axis] for axis in np.argsort(_torch_axes(tuple(path.split("/")), len(shape))))
 
 
 def _to_torch(path: Path, array: np.ndarray) -> np.ndarray:
@@ -123,41 +126,38 @@ def from_torch(path: Path, array: np.ndarray) -> np.ndarray:
     return array.transpose(np.argsort(_torch_axes(path, array.ndim)))
 
 
-def native_shapes(name: str, torch_shapes: Shapes) -> dict[Path, tuple[int, ...]]:
-    """Flax shapes by path of the model called `name`, at the head and the position tables of `torch_shapes`."""
+def network_of(name: str, torch_shapes: Shapes) -> dict:
+    """`{"name", "num_classes", "image_size"}` of a state dict of the model called `name`; where the state dict has no
+    head, no position tables or some that make no sense, the model's own numbers."""
     model = create_model(name)
-    num_classes = head_rows(torch_shapes) or model.num_classes
-    image_size = native_image_size(name, torch_shapes) or model.image_size
-    return model_shapes(name, num_classes, image_size)
+    tables = {
+        table.path: _flax_shape(table.path, torch_shapes[key])
+        for key, table in position_tables(model).items()
+        if key in torch_shapes
+    }
+    return {
+        "name": name,
+        "num_classes": head_rows(torch_shapes) or model.num_classes,
+        "image_size": model.native_side(tables) or model.image_size,
+    }
+
+
+def position_tables(model: Backbone) -> dict[str, PositionTable]:
+    """The model's position tables by PyTorch name."""
+    return {torch_name(tuple(table.path.split("/"))): table for table in model.position_tables}
 
 
 def head_rows(torch_shapes: Shapes) -> int | None:
     """Number of classes of a state dict; None without a head."""
-    head = torch_shapes.get("head.weight") or torch_shapes.get("head.fc.weight", ())
-    return head[0] if len(head) == 2 else None
-
-
-def native_image_size(name: str, torch_shapes: Shapes) -> int | None:
-    """Side of the square images that position tables are made for; None if there are none or they make no sense."""
-    family = name.split("_")[0]
-    if family == "pvt" and len(table := torch_shapes.get("pos_embed1", ())) == 3:
-        side = 4 * math.isqrt(table[1])
-        return side if side >= 32 else None  # below, the last stage's grid is empty
-    table = torch_shapes.get("pos_embed", ())
-    if family == "pit" and len(table) == 4:
-        patch = torch_shapes.get("patch_embed.conv.weight", (0,))[-1]
-        return (table[2] - 1) * (patch // 2) + patch if patch else None
-    if family in ("t2t", "deit") and len(table) == 3:
-        extra_tokens = 2 if "dist_token" in torch_shapes else 1
-        patch = (16, *torch_shapes.get("patch_embed.proj.weight", ()))[-1]  # T2T-ViT has no such weight, and stride 16
-        return patch * math.isqrt(max(table[1] - extra_tokens, 0)) or None
-    return None
+    heads = (shape for key, shape in torch_shapes.items() if re.fullmatch(r"head\.(\w+\.)?weight", key))
+    return next((shape[0] for shape in heads if len(shape) == 2), None)
 
 
 @functools.lru_cache(maxsize=64)
-def model_shapes(name: str, num_classes: int, image_size: int) -> dict[Path, tuple[int, ...]]:
+def model_shapes(name: str, num_classes: int, image_size: int | tuple[int, int]) -> dict[Path, tuple[int, ...]]:
+    """Flax shapes by path of the model called `name`."""
     model = create_model(name, num_classes=num_classes, image_size=image_size)
-    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.float32)
+    images = jax.ShapeDtypeStruct((1, *model.height_width, 3), np.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(variables).items()}
 
@@ -181,6 +181,13 @@ def describe(problems: Mapping[str, list[str]], shapes: Shapes, expected: Shapes
             lines.append(f"  {key} {shapes[key]}, expected {expected[key]}" if kind == "wrong shape" else f"  {key}")
         lines += ["  ..."] if len(keys) > LISTED else []
     return "\n".join(lines)
+
+
+def check_variables(network: Mapping, variables: Mapping) -> None:
+    """Raises `ValueError` (the message lists paths) unless these are variables of `create_model(**network)`."""
+    shapes = {"/".join(path): np.shape(value) for path, value in traverse_util.flatten_dict(variables).items()}
+    expected = {"/".join(path): shape for path, shape in model_shapes(**network).items()}
+    _check(network["name"], shapes, expected)
 
 
 def _check(name: str, shapes: Shapes, expected: Shapes) -> None:

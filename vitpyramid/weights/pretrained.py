@@ -5,12 +5,11 @@ from pathlib import Path
 import flax.linen as nn
 
 from vitpyramid.models.registry import create_model
-from vitpyramid.weights.containers import Contents, open_contents
-from vitpyramid.weights.fetch import fetch
+from vitpyramid.weights.adapt import adapt
+from vitpyramid.weights.containers import open_contents
 from vitpyramid.weights.importer import import_weights
-from vitpyramid.weights.names import flax_to_torch
+from vitpyramid.weights.names import check_variables
 from vitpyramid.weights.reader import read_torch_file
-from vitpyramid.weights.store import read_weights
 
 
 def load_pretrained(
@@ -40,24 +39,21 @@ def load_pretrained(
       ValueError: nothing readable there, not the weights of a model, or of another one than `name`.
       OSError: no such file, or a source that cannot be reached.
     """
+    # Here: whoever only makes models needs no libraries for downloads and checkpoints.
+    from vitpyramid.weights.fetch import fetch
+    from vitpyramid.weights.store import read_weights
+
     path = fetch(path_or_dir)
     try:
         if path.is_dir():
-            contents, stored_name = _open_folder(path, weights)
-            if name not in (None, stored_name):
-                raise ValueError(f"expected weights of {name}, these are of {stored_name}")
-            name = stored_name
+            stored = read_weights(path, weights)
+            if name not in (None, stored.network["name"]):
+                raise ValueError(f"expected weights of {name}, these are of {stored.network['name']}")
+            check_variables(stored.network, stored.variables)
+            network, variables, *_ = adapt(stored.network, stored.variables, num_classes, image_size, seed)
         else:
             contents = open_contents(read_torch_file(path), weights)
-        converted = import_weights(contents, name, num_classes, image_size, seed=seed)
+            network, variables, _ = import_weights(contents, name, num_classes, image_size, seed=seed)
     except ValueError as error:
         raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
-    model = create_model(converted.name, num_classes=converted.num_classes, image_size=converted.image_size)
-    return model, converted.variables
-
-
-def _open_folder(path: Path, weights: str) -> tuple[Contents, str]:
-    """The weights of a folder as if they came from a file, so that head and size are changed in one place."""
-    stored = read_weights(path, weights)
-    name = stored.network["name"]
-    return open_contents(flax_to_torch(name, stored.variables)), name
+    return create_model(**network), variables

@@ -1,12 +1,21 @@
-"""Weights in Orbax checkpoints: folders of converted weights, and what training leaves in its work directory.
+"""The format of a checkpoint: what training leaves in its work directory, and folders of converted weights.
 
-Both have the checkpoint in `FOLDER/checkpoints/STEP`, with an item `state` (arrays) and an item `meta` (JSON), whose
-`network` says what they are of. Converted weights are step 0.
+Both have checkpoints in `FOLDER/checkpoints/STEP`, written under a temporary name and renamed when complete, so that a
+half-written one is never picked up. Each has an item `state`, arrays (`step`, `params`, `model_state`, `opt_state`,
+`ema`), and an item `meta`, JSON:
+
+    network       {"name", "num_classes", "image_size", "scan"}: what `create_model` needs
+    ema           whether `state` has a moving average of the weights
+    config        of the run that saved it
+    num_examples  of its training split
+
+Converted weights are step 0, with `network` and `ema` alone.
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
@@ -34,6 +43,57 @@ class Stored(NamedTuple):
     step: int
 
 
+def open_checkpoints(
+    folder: Path, keep: int | None = None, read_only: bool = False, background: bool = False
+) -> ocp.CheckpointManager:
+    """The checkpoints of a folder.
+
+    Args:
+      keep: so many of the newest are kept as new ones are saved; None: all.
+      read_only: nothing is made or cleaned up.
+      background: files are written while the program goes on, from a copy of the arrays.
+    """
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=ocp.checkpoint_managers.LatestN(keep) if keep else None,
+        create=not read_only,
+        cleanup_tmp_directories=not read_only,
+        enable_async_checkpointing=background,
+    )
+    # Orbax splits every copied array among the devices that hold it, which compiles one program per shape; below this
+    # size the compilations cost far more than the writing.
+    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
+    types = ocp.type_handlers
+    registry = types.create_type_handler_registry(
+        (jax.Array, arrays), (np.ndarray, types.NumpyHandler()), (np.number, types.ScalarHandler())
+    )
+    # Weights hardly compress, and compressing takes memory for another copy of them.
+    handlers = {
+        "state": ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry),
+        "meta": ocp.JsonCheckpointHandler(),
+    }
+    return ocp.CheckpointManager((folder / FOLDER).absolute(), options=options, item_handlers=handlers)
+
+
+def save(manager: ocp.CheckpointManager, step: int, state: Any, meta: dict) -> None:
+    """Saves a step; with `background`, begins to."""
+    manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta)))
+
+
+def restore(manager: ocp.CheckpointManager, step: int, abstract):
+    """What was saved at `step`, with the shapes, dtypes and shardings of `abstract`, whatever mesh saved it.
+
+    `abstract` is all that was saved, or a dict of some of its entries.
+    """
+    restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+    state = ocp.args.PyTreeRestore(abstract, restore_args, partial_restore=isinstance(abstract, dict))
+    return manager.restore(step, args=ocp.args.Composite(state=state))["state"]
+
+
+def read_meta(manager: ocp.CheckpointManager, step: int) -> dict:
+    """What stands beside the arrays of `step`."""
+    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+
 def has_weights(folder: Path) -> bool:
     """Whether a folder has checkpoints that `read_weights` can read."""
     checkpoints = folder / FOLDER
@@ -51,10 +111,8 @@ def write_weights(folder: Path, network: dict, variables: dict) -> None:
     params = variables["params"]
     model_state = {name: collection for name, collection in variables.items() if name != "params"}
     state = {"step": np.int32(0), "params": params, "model_state": model_state, "ema": {}}
-    meta = {"network": {**network, "scan": False}, "ema": False}
-    with _manager(folder, create=True) as manager:
-        items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
-        manager.save(0, args=items)
+    with open_checkpoints(folder) as manager:
+        save(manager, 0, state, {"network": {**network, "scan": False}, "ema": False})
 
 
 def read_weights(folder: Path, weights: str = "auto") -> Stored:
@@ -68,11 +126,11 @@ def read_weights(folder: Path, weights: str = "auto") -> Stored:
     """
     if not has_weights(folder):
         raise ValueError(f"{folder}: expected a folder with a complete checkpoint in {FOLDER}/")
-    with _manager(folder) as manager:
+    with open_checkpoints(folder, read_only=True) as manager:
         step = manager.latest_step()
         if step is None:
             raise ValueError(f"{folder / FOLDER}: expected a complete checkpoint, there is none")
-        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        meta = read_meta(manager, step)
         if weights == "ema" and not meta["ema"]:
             raise ValueError(f"{folder}: expected a moving average of the weights, step {step} has none")
         average = meta["ema"] and weights != "raw"
@@ -87,13 +145,6 @@ def read_weights(folder: Path, weights: str = "auto") -> Stored:
     variables = state["ema"] if average else {"params": state["params"], **state.get("model_state", {})}
     network = dict(meta["network"])
     if network.pop("scan"):
-        variables = {**variables, "params": unstack_blocks(variables["params"], create_model(network["name"]).stages)}
+        stages = create_model(**network).stages
+        variables = {**variables, "params": unstack_blocks(variables["params"], stages)}
     return Stored(network, variables, "ema" if average else "raw", step)
-
-
-def _manager(folder: Path, create: bool = False) -> ocp.CheckpointManager:
-    # Weights hardly compress, and compressing takes memory for another copy of them.
-    handlers = {"state": ocp.PyTreeCheckpointHandler(use_compression=False), "meta": ocp.JsonCheckpointHandler()}
-    # Not in the background: that would copy all arrays first.
-    options = ocp.CheckpointManagerOptions(create=create, enable_async_checkpointing=False)
-    return ocp.CheckpointManager((folder / FOLDER).absolute(), options=options, item_handlers=handlers)

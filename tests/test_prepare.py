@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from configs import base
-from vitpyramid.train import mix
-from vitpyramid.train.mesh import batch_sharding, make_mesh
+from vitpyramid.tasks import prepare
+from vitpyramid.train.sharding import batch_sharding, make_mesh
 
 K = 5
 
@@ -32,8 +32,8 @@ def batch_of(size=6, dtype=np.float32):
 def test_images_and_targets_are_mixed_alike(mode, mixup, cutmix, size=7):
     config = config_of(**{"mix.mixup": mixup, "mix.cutmix": cutmix, "mix.mode": mode}).mix
     images, targets = batch_of(size)
-    draw = jax.jit(lambda key: mix.draw_mix(key, size, 12, 10, config))
-    mix_all = jax.jit(lambda key: mix.mix(key, images, targets, config))
+    draw = jax.jit(lambda key: prepare.draw_mix(key, size, 12, 10, config))
+    mix_all = jax.jit(lambda key: prepare.mix(key, images, targets, config))
     for seed in range(4):
         key = jax.random.key(seed)
         weights, share = map(np.asarray, draw(key))
@@ -56,26 +56,26 @@ def test_images_and_targets_are_mixed_alike(mode, mixup, cutmix, size=7):
 def test_pixels_are_rounded_when_they_are_not_normalised_yet():
     config = config_of(**{"mix.mixup": 0.8}).mix
     images, targets = batch_of(dtype=np.uint8)
-    mixed, _ = mix.mix(jax.random.key(0), images, targets, config)
-    weights, _ = mix.draw_mix(jax.random.key(0), 6, 12, 10, config)
+    mixed, _ = prepare.mix(jax.random.key(0), images, targets, config)
+    weights, _ = prepare.draw_mix(jax.random.key(0), 6, 12, 10, config)
     w = np.asarray(weights)[..., None]
     np.testing.assert_array_equal(mixed, np.rint(w * images + (1 - w) * images[::-1]))
 
 
 def test_off_is_off():
     images, targets = batch_of()
-    same, same_targets = mix.mix(jax.random.key(0), images, targets, config_of().mix)
+    same, same_targets = prepare.mix(jax.random.key(0), images, targets, config_of().mix)
     assert same is images
     assert same_targets is targets
-    assert mix.erase(jax.random.key(0), images, config_of().erase) is images
+    assert prepare.erase(jax.random.key(0), images, config_of().erase) is images
     never = config_of(**{"mix.mixup": 0.8, "mix.cutmix": 1.0, "mix.prob": 0.0}).mix
-    np.testing.assert_array_equal(mix.mix(jax.random.key(0), images, targets, never)[0], images)
+    np.testing.assert_array_equal(prepare.mix(jax.random.key(0), images, targets, never)[0], images)
 
 
 def draws(count, **changes):
     """Shares and weights of many independent draws."""
     config = config_of(**{"mix.mode": "elem", **changes}).mix
-    weights, share = jax.jit(lambda key: mix.draw_mix(key, count, 32, 32, config))(jax.random.key(3))
+    weights, share = jax.jit(lambda key: prepare.draw_mix(key, count, 32, 32, config))(jax.random.key(3))
     return np.asarray(weights), np.asarray(share)
 
 
@@ -113,7 +113,7 @@ def test_distribution_of_cutmix_boxes():
 
 def test_distribution_of_erased_boxes():
     n = 4000
-    boxes = mix.draw_erased(jax.random.key(0), jnp.ones(n, int), 1, 224, 224)
+    boxes = prepare.draw_erased(jax.random.key(0), jnp.ones(n, int), 1, 224, 224)
     rows, columns = (np.asarray(boxes.bottom - boxes.top)[:, 0], np.asarray(boxes.right - boxes.left)[:, 0])
     area, aspect = rows * columns / 224**2, rows / columns
     assert area.min() > 0.018
@@ -140,7 +140,7 @@ def test_distribution_of_erased_boxes():
 def test_erasing_fills_boxes(mode, count):
     config = config_of(**{"erase.prob": 0.4, "erase.mode": mode, "erase.count": count}).erase
     images = np.full((600, 32, 32, 3), 9, np.float32)
-    erased = np.asarray(jax.jit(lambda key, x: mix.erase(key, x, config))(jax.random.key(1), images))
+    erased = np.asarray(jax.jit(lambda key, x: prepare.erase(key, x, config))(jax.random.key(1), images))
     inside = (erased != 9).all(axis=-1)
     np.testing.assert_array_equal(inside, (erased != 9).any(axis=-1))
     touched = inside.any(axis=(1, 2))
@@ -163,12 +163,12 @@ def test_any_mesh_makes_the_same_batch():
     config = config_of(**{"mix.mixup": 0.8, "mix.cutmix": 1.0, "mix.mode": "elem", "erase.prob": 0.5})
     images, targets = batch_of(16)
 
-    def prepare(key, images, targets):
-        images, targets = mix.mix(key, images, targets, config.mix)
-        return mix.erase(key, images, config.erase), targets
+    def mix_and_erase(key, images, targets):
+        images, targets = prepare.mix(key, images, targets, config.mix)
+        return prepare.erase(key, images, config.erase), targets
 
-    expected = jax.jit(prepare)(jax.random.key(0), images, targets)
+    expected = jax.jit(mix_and_erase)(jax.random.key(0), images, targets)
     split = jax.device_put((images, targets), batch_sharding(make_mesh(2)))
-    found = jax.jit(prepare)(jax.random.key(0), *split)
+    found = jax.jit(mix_and_erase)(jax.random.key(0), *split)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-5)

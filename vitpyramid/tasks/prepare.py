@@ -1,6 +1,7 @@
-"""Mixup, CutMix and random erasing on the device: pure functions of a key, whatever devices hold the batch.
+"""What the device does to a batch of images: normalise, mixup, CutMix and random erasing, and in which order.
 
-The rules are timm's (`timm/data/mixup.py` and `random_erasing.py`, 0.3.2, with which the four families were trained).
+Pure functions of a key, whatever devices hold the batch. The rules are timm's (`timm/data/mixup.py` and
+`random_erasing.py`, 0.3.2, with which the four families were trained).
 """
 
 from typing import NamedTuple
@@ -14,6 +15,36 @@ from vitpyramid.models.layers import at_least_float32
 ERASED_AREA = (0.02, 1 / 3)  # of the image, for all boxes together
 ERASED_ASPECT = (0.3, 1 / 0.3)  # height / width
 TRIES = 10  # for a box that fits
+
+
+def prepare(
+    key: jax.Array, images: jax.Array, targets: jax.Array, config: ConfigDict, mean, std, dtype
+) -> tuple[jax.Array, jax.Array]:
+    """The random part on the device: DeiT's order is normalise, erase, mix; T2T-ViT's mix, normalise, erase.
+
+    Args:
+      images: uint8 `[B, H, W, 3]`.
+      targets: `[B, K]`, distributions.
+      config: reads `mix` and `erase`; `mix.before_normalise` says which order.
+      mean, std: of the channels, in `[0, 1]`.
+
+    Returns:
+      Images in `dtype`, and targets.
+    """
+    erase_key, mix_key = jax.random.split(key)
+    if config.mix.before_normalise:
+        images, targets = mix(mix_key, images, targets, config.mix)
+    images = erase(erase_key, normalise(images, mean, std, dtype), config.erase)
+    if not config.mix.before_normalise:
+        images, targets = mix(mix_key, images, targets, config.mix)
+    return images, targets
+
+
+def normalise(images: jax.Array, mean, std, dtype) -> jax.Array:
+    """Pixels `[B, H, W, 3]` in 0..255 to `(x / 255 - mean) / std`, computed in at least float32, in `dtype`."""
+    wide = at_least_float32(dtype)
+    mean, std = jnp.asarray(mean, wide), jnp.asarray(std, wide)
+    return ((images.astype(wide) / 255 - mean) / std).astype(dtype)
 
 
 class Boxes(NamedTuple):

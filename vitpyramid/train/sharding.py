@@ -39,11 +39,22 @@ def state_sharding(mesh: Mesh, state):
     def sharding(leaf):
         axes = [axis for axis, size in enumerate(leaf.shape) if size % mesh.shape["fsdp"] == 0]
         if mesh.shape["fsdp"] == 1 or leaf.size < MIN_SHARDED_SIZE or not axes:
-            return NamedSharding(mesh, P())
+            return replicated(mesh)
         split = max(axes, key=lambda axis: (leaf.shape[axis], axis))
         return NamedSharding(mesh, P(*(None,) * split, "fsdp"))
 
     return jax.tree.map(sharding, state)
+
+
+def abstract_state(mesh: Mesh, state):
+    """Shapes, dtypes and shardings of the arrays of a state."""
+    shardings = state_sharding(mesh, state)
+    return jax.tree.map(lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), state, shardings)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A copy on every device."""
+    return NamedSharding(mesh, P())
 
 
 def to_devices(batches: Iterable[dict], sharding: NamedSharding, ahead: int = 2) -> Iterator[dict]:

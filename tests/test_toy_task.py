@@ -1,0 +1,84 @@
+"""A task of another shape, boxes instead of classes: trained, evaluated, killed and resumed by the same loop."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import toy_boxes
+from configs import base
+from vitpyramid.train import loop
+
+ROOT = Path(__file__).parent.parent
+
+
+def boxes():
+    config = base.get_config()
+    config.update_from_flattened_dict({"batch_size": 16, "eval.batch_size": 16, "epochs": 4.0, "ema.decay": 0.5})
+    config.update_from_flattened_dict({"optim.lr": 3e-3, "optim.lr_batch": 0, "schedule.warmup_epochs": 0.1})
+    config.update_from_flattened_dict({"checkpoint.every_epochs": 0.25, "log.every_steps": 1, "compile_cache": ""})
+    return toy_boxes.make_task(config)
+
+
+def slow_run(workdir, step):
+    """A run that says when it has come to `step`, and gives time to kill it."""
+
+    def train_batches(start):
+        for number, batch in enumerate(task.train_batches(start), start=start):
+            if number == step:
+                print("there", flush=True)
+                time.sleep(1)
+            yield batch
+
+    task = boxes()
+    loop.train(dataclasses.replace(task, train_batches=train_batches), Path(workdir))
+
+
+def records(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("boxes")
+    return workdir, loop.train(boxes(), workdir)
+
+
+def test_it_learns(finished):
+    workdir, summary = finished
+    losses = [record["train/loss"] for record in records(workdir) if "train/loss" in record]
+    assert len(losses) == summary.total_steps == 80
+    assert losses[-1] < 0.5 * losses[0]
+    assert {"loss", "iou", "worst", "ema_loss", "ema_iou", "ema_worst"} == set(summary.metrics)
+
+
+def test_what_is_collected_is_of_every_example_once(finished):
+    """All overlaps are gathered on the host: 100 examples in batches of 16, the last one padded."""
+    workdir, summary = finished
+    step, metrics = loop.evaluate_checkpoint(boxes(), workdir)
+    assert step == 80
+    assert metrics == pytest.approx(summary.metrics, rel=1e-5)
+    assert 0 <= metrics["worst"] < metrics["iou"]
+
+
+def test_killed_and_resumed_it_ends_with_the_same_numbers(finished, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    for signum, step in ((signal.SIGKILL, 33), (signal.SIGTERM, 57)):
+        program = f"import conftest, test_toy_task; test_toy_task.slow_run({str(tmp_path)!r}, {step})"
+        run = subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE)
+        assert run.stdout.readline() == b"there\n"
+        run.send_signal(signum)
+        run.communicate(timeout=120)
+    assert 50 < max(record["step"] for record in records(tmp_path)) < 80
+    loop.train(boxes(), tmp_path)
+    ours, theirs = records(tmp_path), records(finished[0])
+    assert len(ours) == len(theirs)
+    for record, expected in zip(ours, theirs, strict=True):
+        values = {name: value for name, value in expected.items() if "second" not in name}
+        assert {name: record[name] for name in values} == values

@@ -1,0 +1,66 @@
+"""The contract of a task: what is learned, as a record of functions. The training loop knows nothing else of it."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sized
+from typing import Any
+
+import flax.linen as nn
+import jax
+from ml_collections import ConfigDict
+
+from vitpyramid.tasks.metrics import Metrics
+
+Batch = dict[str, Any]  # arrays with one row for each example, on the host or on the devices
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run; the message names each key, its value and what was expected."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a training run needs to know of what it learns.
+
+    Functions that are traced are pure: the same ones run on one CPU and on a pod. Those that open files do so when they
+    are called, so an evaluation asks for nothing that only training has.
+
+    Attributes:
+      config: of the run, with what follows from the data filled in.
+      title: network and data in a few words.
+      unit: what one row of a batch is, in the plural: "images".
+      model: the network. `model.apply(variables, x, train=True)` gives the outputs that `loss` takes.
+      network: what makes the network again, by config key; checkpoints keep it.
+      num_examples: `() -> int`, of the training split.
+      batch: `(evaluation: bool) -> {name: ShapeDtypeStruct}`, a global batch as hosts make it.
+      train_batches: `(step) -> iterator` of this host's rows of each batch from `step` on: a function of the seed and
+        the step alone.
+      eval_batches: `() -> sized iterable` of this host's rows, every example once over all hosts.
+      prepare: `(key, batch, constants) -> (x, targets)`, on the device: the network's input, and what `loss` needs.
+        Leaves have one row for each example. All that is random and not part of the network happens here.
+      prepare_eval: `batch -> x`, the same for an evaluation; nothing random.
+      loss: `(outputs, targets) -> (scalar, metrics)`, means over the rows.
+      measure: `(outputs, batch) -> metrics` of an evaluation. A result that is no sum over examples is a metric that
+        collects what it needs and computes on the host.
+      words: `{name: value} -> str`, metrics for a line of text; leaves names out that it does not know.
+      best: the name of the evaluation's metric that says how good the network is; larger is better.
+      constants: `() -> variables` that steps read and never change, such as a teacher's.
+      initial: `() -> variables` to start from, on the host; None: the network's own initialisation.
+    """
+
+    config: ConfigDict
+    title: str
+    unit: str
+    model: nn.Module
+    network: Mapping[str, Any]
+    num_examples: Callable[[], int]
+    batch: Callable[[bool], dict[str, jax.ShapeDtypeStruct]]
+    train_batches: Callable[[int], Iterator[Batch]]
+    eval_batches: Callable[[], Sized]
+    prepare: Callable[[jax.Array, Batch, dict], tuple[Any, Any]]
+    prepare_eval: Callable[[Batch], Any]
+    loss: Callable[[Any, Any], tuple[jax.Array, Metrics]]
+    measure: Callable[[Any, Batch], Metrics]
+    words: Callable[[Mapping[str, float]], str]
+    best: str
+    constants: Callable[[], dict] = dict
+    initial: Callable[[], dict | None] = lambda: None

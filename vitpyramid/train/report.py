@@ -1,0 +1,141 @@
+"""Turns the metrics of each step into lines, curves and an early end when they stop being finite."""
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from vitpyramid.progress import format_seconds
+from vitpyramid.tasks.metrics import compute, merge
+from vitpyramid.tasks.task import Task
+from vitpyramid.train.writer import MetricWriter
+
+log = logging.getLogger(__name__)
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient became infinite or NaN."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """How a run ended.
+
+    Attributes:
+      step, total_steps: steps taken so far, and when the run is finished; fewer if it was asked to stop.
+      metrics: of the last evaluation; empty if there was none.
+      examples_per_second: of training, over all devices, without compilation, evaluation and saving.
+      compile_seconds: tracing and compiling (or reading from the cache).
+    """
+
+    step: int
+    total_steps: int
+    metrics: dict[str, float]
+    examples_per_second: float
+    compile_seconds: float
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps were taken and the last evaluation is complete."""
+        return self.step == self.total_steps and bool(self.metrics)
+
+
+class Report:
+    """Collects what each step measured and reports it every `log.every_steps` steps.
+
+    Metrics stay on the devices until they are reported, so that the loop never waits for a step to end.
+    """
+
+    def __init__(self, task: Task, start: int, total: int, writer: MetricWriter, checkpoints: ocp.CheckpointManager):
+        self._task, self._total = task, total
+        self._writer, self._checkpoints = writer, checkpoints
+        self._window = []
+        self._reported = start
+        self._last_finite = {}
+        self._examples, self._seconds = 0, 0.0
+        self._clock = time.perf_counter()
+
+    @property
+    def examples_per_second(self) -> float:
+        """Of training since the run started or resumed."""
+        return self._examples / self._seconds if self._seconds else 0.0
+
+    def add(self, step: int, metrics) -> None:
+        """Takes the metrics of the step that led to `step`."""
+        self._window.append(metrics)
+        if step % self._task.config.log.every_steps == 0:
+            self.flush(step)
+
+    def flush(self, step: int) -> None:
+        """Waits for the steps so far and reports them. Raises `NonFiniteError` if one of them was not finite."""
+        if not self._window:
+            return
+        collected = jax.device_get(self._window)
+        self._window = []
+        seconds = time.perf_counter() - self._clock
+        self._check_finite(collected)
+        examples = len(collected) * self._task.config.batch_size
+        means = compute(functools.reduce(merge, collected))
+        self._last_finite = means
+        self._reported = step
+        self._examples += examples
+        self._seconds += seconds
+        speed = {f"{self._task.unit}_per_second": examples / seconds, "step_seconds": seconds / len(collected)}
+        self._writer.write(step, {f"train/{name}": value for name, value in (means | speed).items()})
+        remaining = (self._total - step) * self._task.config.batch_size / self.examples_per_second
+        log.info(
+            f"step {step:{len(str(self._total))}d}/{self._total}  {self._task.words(means)}  lr {means['lr']:.2e}  "
+            f"grad norm {means['grad_norm']:.3g}  {examples / seconds:.0f} {self._task.unit}/s  "
+            f"{seconds / len(collected):.3f} s/step  ETA {format_seconds(remaining)}"
+        )
+        self._clock = time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self, step: int) -> Iterator[None]:
+        """Reports the steps so far; what is done inside is left out of the training speed."""
+        self.flush(step)
+        yield
+        self._clock = time.perf_counter()
+
+    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
+        """Reports an evaluation; nothing if it has no metrics."""
+        if not metrics:
+            return
+        self._writer.write_evaluation(step, metrics)
+        best_step, best = max(self._writer.evaluations.items(), key=lambda item: item[1][self._task.best])
+        best = "" if best_step == step else f"  (best {self._task.best} at step {best_step}: {self._task.words(best)})"
+        log.info("evaluation at step %d: %s%s", step, self._task.words(metrics), best)
+
+    def _check_finite(self, collected: list) -> None:
+        for offset, metrics in enumerate(collected, start=1):
+            values = compute(metrics)
+            if not all(map(math.isfinite, (values["loss"], values["grad_norm"]))):
+                saved = self._checkpoints.latest_step()
+                where = "none was saved" if saved is None else f"{self._checkpoints.directory}/{saved}"
+                raise NonFiniteError(
+                    f"step {self._reported + offset}: loss {values['loss']}, gradient norm {values['grad_norm']}. "
+                    f"Last finite metrics: {self._last_finite or 'none'}. Last good checkpoint: {where}."
+                )
+            self._last_finite = values
+
+
+def format_summary(summary: Summary, task: Task, workdir: Path, command: str) -> str:
+    """The last lines of a run; `command` is the one that started it."""
+    speed = summary.examples_per_second
+    lines = [
+        ("finished" if summary.finished else "stopped", f"after step {summary.step} of {summary.total_steps}"),
+        ("result", task.words(summary.metrics) if summary.metrics else "not evaluated yet"),
+        ("training", f"{speed:.0f} {task.unit}/s" if speed else "nothing to do"),
+        ("compiling", f"{summary.compile_seconds:.1f} s"),
+        ("checkpoints", f"{workdir}/checkpoints"),
+        ("curves", f"{workdir}/tensorboard (pip install tensorboard; tensorboard --logdir={workdir})"),
+        ("next", f"{command} --mode=eval" if summary.finished else f"{command} goes on from here"),
+    ]
+    return "\n" + "\n".join(f"{name:12s} {text}" for name, text in lines)
