@@ -55,7 +55,8 @@ def test_parameters_are_as_published_and_weights_go_both_ways(name):
     if name in golden.manifest():
         entry = golden.manifest()[name]
         assert entry["parameters"] == variant.params
-        assert entry["macs"] / 1e9 == pytest.approx(variant.gmacs, rel=0.1)
+        omitted = 0.15 if name.startswith("rest") else 0.06  # ResT's figures are without part of the attention products
+        assert entry["macs"] / 1e9 == pytest.approx(variant.gmacs, rel=omitted)
         assert {key: list(array.shape) for key, array in state_dict.items()} == entry["state_dict"]
 
 

@@ -209,7 +209,7 @@ class T2TViT(Backbone):
         return (Level(x[:, 1:].reshape(b, *grid, -1), self.strides[0]),), x[:, 0]
 
     def positions(self, tokens: int, dim: int) -> jax.Array:
-        """Sinusoid `[1, tokens, dim]`: the stored one if it has as many tokens."""
+        """Sinusoid `[1, tokens, dim]`: the stored one if it has as many tokens, else one made for them."""
         (native,) = self.position_tables
         slots = native.extra + native.grid[0] * native.grid[1]
         stored = self.variable("constants", "pos_embed", lambda: jnp.asarray(sinusoid(slots, dim))).value
