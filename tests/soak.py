@@ -79,7 +79,10 @@ def arrays(workdir: Path, step: int = STEPS) -> dict[str, np.ndarray]:
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         args = ocp.args.PyTreeRestore(restore_args=as_numpy)
         state = manager.restore(step, args=ocp.args.Composite(state=args))["state"]
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
 
 
 def differing(ours: dict, theirs: dict) -> list[str]:
