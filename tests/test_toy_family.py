@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_models
-import toy_family
 from flax import traverse_util
 
 import harness
+import test_models
+import toy_family
 from vitpyramid.models import registry
 from vitpyramid.models.registry import create_model, list_models
 from vitpyramid.models.stack import stack_blocks
