@@ -100,25 +100,26 @@ def wait_for_a_save(workdir: Path, process: subprocess.Popen) -> None:
         time.sleep(0.0005)
 
 
-def _start(workdir: Path, processes: int, rest: tuple, family: str) -> list[Run]:
-    if processes == 1:
-        return [Run(workdir, *rest, family=family)]
+def start(workdirs: list[Path], rest: tuple, family: str = "pvt") -> list[Run]:
+    """The processes of one run, each with its work directory, which should be the same."""
+    if len(workdirs) == 1:
+        return [Run(workdirs[0], *rest, family=family)]
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    flags = [f"--coordinator_address=localhost:{port}", f"--num_processes={processes}"]
-    return [Run(workdir, *rest, *flags, f"--process_id={i}", family=family) for i in range(processes)]
+    flags = [f"--coordinator_address=localhost:{port}", f"--num_processes={len(workdirs)}"]
+    return [Run(path, *rest, *flags, f"--process_id={i}", family=family) for i, path in enumerate(workdirs)]
 
 
 def soak(folder: Path, kills: int, family: str, processes: int, rng: np.random.Generator) -> dict:
     """Kills a run `kills` times, lets it end, and compares it with an uninterrupted one."""
     rest = (folder / "data", folder / "cache")
     whole, workdir = (folder / f"{family}{processes}-{name}" for name in ("whole", "killed"))
-    for run in _start(whole, processes, rest, family):
+    for run in start([whole] * processes, rest, family):
         assert run.end() == 0, run.output
     counts = {"family": family, "processes": processes, "kills": 0, "in a save": 0, "after the end": 0, "skipped": 0}
     while counts["kills"] < kills:
-        runs = _start(workdir, processes, rest, family)
+        runs = start([workdir] * processes, rest, family)
         for run in runs[1:]:
             threading.Thread(target=run.until, args=("never",), daemon=True).start()
         inside = counts["kills"] % 2 == 1
@@ -145,7 +146,7 @@ def soak(folder: Path, kills: int, family: str, processes: int, rng: np.random.G
         if ended:
             for path in sorted((workdir / "checkpoints").iterdir()):  # all but its beginning is done again
                 subprocess.run(["rm", "-r", path], check=True)
-    for run in _start(workdir, processes, rest, family):
+    for run in start([workdir] * processes, rest, family):
         assert run.end() == 0, run.output
     counts["arrays that differ"] = len(differing(arrays(workdir), arrays(whole)))
     return counts
