@@ -19,6 +19,8 @@ def get_config() -> ConfigDict:
     model.num_classes = 1000  # of the data set; 0: as many as it has
     model.drop_rate = 0.0  # dropout
     model.drop_path_rate = 0.1  # stochastic depth
+    model.token_drop_rate = 0.1  # dropout of the performer in T2T-ViT's token module; no other network has it
+    model.freeze_statistics = False  # batch norm, where there is any, keeps to its running statistics in training
     model.dtype = "bfloat16"  # of activations and matrix products, or "float32"
     model.remat = False  # recompute blocks in the backward pass: less memory, more time
     model.scan = False  # with model.remat: compile one block a stage and loop over it; needs less memory

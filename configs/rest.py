@@ -26,6 +26,5 @@ def get_config(text: str = "small") -> ConfigDict:
     recipes.adapt(config, chosen)
     if "finetune" in chosen:  # 8 GPUs with 128 images, no warm-up
         config.batch_size = 1024
-        config.model.drop_path_rate = VARIANTS[variant]
         config.schedule.name, config.schedule.warmup_epochs = "constant", 0.0
     return config

@@ -22,6 +22,8 @@ DEIT = {
     "epochs": 300.0,
     "model.drop_rate": 0.0,
     "model.drop_path_rate": 0.1,
+    "model.token_drop_rate": 0.1,
+    "model.freeze_statistics": False,
     "data.image_size": 224,
     "data.crop_scale": [0.08, 1.0],
     "data.crop_ratio": [3 / 4, 4 / 3],
@@ -184,7 +186,6 @@ def test_finetuning_and_transfer():
     config = recipe("deit:base,finetune=384")
     assert (config.data.image_size, config.epochs, config.optim.weight_decay) == (384, 30.0, 1e-8)
     assert peak_lr(config) == pytest.approx(5e-6)
-    assert config.model.drop_path_rate == 0
     schedule = make_schedule(config, Horizon.of(config, IMAGENET))
     assert float(schedule(2502 * 20)) == pytest.approx(5e-6, rel=1e-6)
 
@@ -192,7 +193,13 @@ def test_finetuning_and_transfer():
     schedule = make_schedule(config, Horizon.of(config, IMAGENET))
     assert [float(schedule(1251 * epoch)) for epoch in (0, 29)] == pytest.approx([1e-5, 1e-5])
 
+    for text in ("pvt:tiny,finetune=384", "rest:large,finetune=384", "t2t_vit:14,finetune=384", "t2t_vit:7,probe=224"):
+        model = recipe(text).model
+        rates = model.drop_rate, model.drop_path_rate, model.token_drop_rate
+        assert (rates, model.freeze_statistics) == ((0, 0, 0), True), text
+
     config = recipe("t2t_vit:14,transfer=224,data=cifar10")
+    assert (config.model.token_drop_rate, config.model.freeze_statistics) == (0.1, False)
     assert (config.data.name, config.data.crop_padding, config.data.eval_crop) == ("cifar10", 28, 1.0)
     assert config.data.mean == (0.4914, 0.4822, 0.4465)
     assert config.data.interpolation == config.data.eval_interpolation == "bilinear"
