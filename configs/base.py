@@ -47,12 +47,13 @@ def get_config() -> ConfigDict:
     data.threads = 16  # that read and decode, in each process
     data.workers = 0  # processes that read and decode; 0: in the training process
 
-    config.mix = mix = ConfigDict()  # images mixed with those of the reversed batch, on the device
+    config.mix = mix = ConfigDict()  # images mixed with those of the reversed group, on the device
+    mix.groups = 1  # runs of rows, each drawn for and mixed by itself, as the processes of the authors; 1: the batch
     mix.mixup = 0.0  # alpha of mixup's Beta distribution; 0: no mixup
     mix.cutmix = 0.0  # likewise of CutMix
     mix.prob = 1.0  # of mixing at all
     mix.switch_prob = 0.5  # of CutMix where both are on
-    mix.mode = "batch"  # draws are for the "batch", for each "pair" that exchanges, or for each image: "elem"
+    mix.mode = "batch"  # draws are for a group ("batch"), for each "pair" that exchanges, or for each image: "elem"
     mix.before_normalise = False  # on rounded pixels and before erasing, as T2T-ViT; else after both
 
     config.erase = erase = ConfigDict()  # random erasing, on the device

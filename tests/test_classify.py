@@ -81,7 +81,7 @@ def test_frozen_statistics(name):
     def outputs(train):
         model, rngs = make_task(config).model, {"dropout": jax.random.key(2)}
         variables = jax.jit(model.init)(jax.random.key(1), images)
-        variables["batch_stats"] = jax.tree.map(lambda x: x + 0.5, variables["batch_stats"])
+        variables["batch_stats"] = jax.tree.map(lambda x: x + 0.01, variables["batch_stats"])
         logits, updated = jax.jit(lambda v: model.apply(v, images, train=train, rngs=rngs, mutable=["batch_stats"]))(
             variables
         )

@@ -102,6 +102,8 @@ def test_every_key_has_a_comment():
         ("model.name", "pvt_smal", "list_models"),
         ("optim.accumulate", 3, "a multiple of it times the 8 devices"),
         ("model.dtype", "float16", "bfloat16"),
+        ("mix.groups", 3, "batch_size = 64 to be a multiple of twice as many"),
+        ("mix.groups", 64, "batch_size = 64 to be a multiple of twice as many"),
         ("mesh.fsdp", 3, "a divisor of the 8 devices"),
         ("model.scan", True, "model.remat = True"),
         ("schedule.warmup_epochs", 50.0, "at most epochs"),

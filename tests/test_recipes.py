@@ -34,6 +34,7 @@ DEIT = {
     "data.repeats": 3,
     "data.eval_crop": 0.875,
     "data.eval_interpolation": "bicubic",
+    "mix.groups": 8,
     "mix.mixup": 0.8,
     "mix.cutmix": 1.0,
     "mix.prob": 1.0,

@@ -18,7 +18,7 @@ from vitpyramid.models.registry import create_model, get_variant, list_models
 from vitpyramid.models.stack import stack_blocks
 from vitpyramid.tasks import prepare as on_device
 from vitpyramid.tasks.metrics import Metrics, Sum
-from vitpyramid.tasks.rules import FRACTION, PROBABILITY, Rule, between, channels, interval, one_of
+from vitpyramid.tasks.rules import BATCH, FRACTION, PROBABILITY, Rule, between, channels, interval, one_of
 from vitpyramid.tasks.task import Batch, ConfigError, Task
 from vitpyramid.weights import load_pretrained
 
@@ -48,6 +48,7 @@ RULES = {
     "data.std": channels(between(0, 10, above=True)),
     "data.threads": between(1, 1024),
     "data.workers": between(0, 1024),
+    "mix.groups": BATCH,
     "mix.mixup": between(0, 1000),
     "mix.cutmix": between(0, 1000),
     "mix.prob": PROBABILITY,
@@ -66,9 +67,13 @@ RULES = {
 
 def check(config: ConfigDict, evaluation: bool) -> list[str]:
     """What keys contradict each other, a line each; `evaluation`: nothing will be trained."""
+    problems = []
     if config.model.name.endswith("_distilled") and not config.distill.teacher and not evaluation:
-        return ["distill.teacher = '': expected a teacher's weights, as the network has a head for it"]
-    return []
+        problems.append("distill.teacher = '': expected a teacher's weights, as the network has a head for it")
+    groups, rows = config.mix.groups, config.batch_size
+    if groups > 1 and rows % (2 * groups):
+        problems.append(f"mix.groups = {groups}: expected batch_size = {rows} to be a multiple of twice as many")
+    return problems
 
 
 def make_task(config: ConfigDict) -> Task:
