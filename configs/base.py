@@ -1,6 +1,6 @@
 """Every key that a config has, with its default: PVT-Small on ImageNet. Other configs start from it and change keys.
 
-"epochs" count `floor(examples / batch_size)` steps each.
+"epochs" count `floor(examples / batch_size)` steps each, or as `schedule.round_up` says.
 """
 
 from ml_collections import ConfigDict
@@ -79,6 +79,7 @@ def get_config() -> ConfigDict:
     config.schedule = schedule = ConfigDict()  # linear warm-up, then:
     schedule.name = "cosine"  # "cosine" or "constant"
     schedule.per = "step"  # the rate changes every "step" or every "epoch"
+    schedule.round_up = False  # an epoch counts its last, partial batch; the stream fills it from the next epoch
     schedule.lag = 0  # with "epoch": 1 to change the rate one epoch late, as DeiT's trainer does
     schedule.warmup_epochs = 5.0  # length of the warm-up
     schedule.warmup_lr = 1e-6  # at step 0

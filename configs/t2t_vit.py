@@ -43,6 +43,7 @@ def get_config(text: str = "14") -> ConfigDict:
     recipes.adapt(config, chosen)
     if "transfer" in chosen:  # `transfer_learning.py`: what is in no group is frozen
         config.optim.lr_rules = (("^head", 1.0), ("^(tokens_to_token|blocks)", 0.01), (".*", 0.0))
+        config.schedule.round_up = True
     if "data" in chosen:
         data = config.data
         data.name, data.eval_split = chosen["data"], "test"

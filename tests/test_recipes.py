@@ -59,6 +59,7 @@ DEIT = {
     "schedule.name": "cosine",
     "schedule.per": "epoch",
     "schedule.lag": 1,
+    "schedule.round_up": False,
     "schedule.warmup_epochs": 5.0,
     "schedule.warmup_lr": 1e-6,
     "schedule.min_lr": 1e-5,
@@ -206,6 +207,7 @@ def test_finetuning_and_transfer():
     assert config.data.interpolation == config.data.eval_interpolation == "bilinear"
     assert (config.optim.name, config.optim.lr, config.optim.weight_decay, config.epochs) == ("sgd", 0.05, 5e-4, 60.0)
     horizon = Horizon.of(config, 50_000)
+    assert (horizon.steps_per_epoch, horizon.total_steps) == (782, 60 * 782)  # the last batch of 16 counts
     for factor, ends in ((1.0, (0.05, 2e-4)), (0.01, (5e-4, 2e-4))):  # torch's CosineAnnealingLR, T_max 60
         schedule = make_schedule(config, horizon, factor)
         t = np.arange(60)
