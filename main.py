@@ -2,11 +2,13 @@
 
     python main.py --config=configs/quickstart.py --workdir=runs/quickstart
 
-Exit codes: 0 done; 1 the config or the command line cannot be run; 70 the loss stopped being finite; 75 stopped by
-SIGTERM or Ctrl-C after saving: the same command goes on from there.
+Exit codes: 0 done; 1 the config or the command line cannot be run; 70 the loss stopped being finite; 74 a file
+cannot be read or written; 75 stopped by SIGTERM or Ctrl-C after saving: the same command goes on from there; 76
+another process of the run has ended.
 """
 
 import logging
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -34,15 +36,18 @@ flags.DEFINE_string("coordinator_address", None, "host:port of process 0, where 
 flags.DEFINE_integer("num_processes", None, "Processes in all; goes with --coordinator_address.")
 flags.DEFINE_integer("process_id", None, "This process, from 0; goes with --coordinator_address.")
 
-EXIT_CONFIG, EXIT_NON_FINITE, EXIT_STOPPED = 1, 70, 75
+EXIT_CONFIG, EXIT_NON_FINITE, EXIT_IO, EXIT_STOPPED, EXIT_PEER = 1, 70, 74, 75, 76
+_PATIENCE = 60  # seconds to wait for the other processes, at the start and when one is silent
 log = logging.getLogger("vitpyramid")
 
 
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; flags start with --")
-    if FLAGS.distributed or FLAGS.coordinator_address:
-        jax.distributed.initialize(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id)
+    try:
+        _join_processes()
+    except (RuntimeError, ValueError) as error:
+        sys.exit(f"--distributed: cannot find the other processes: {str(error).splitlines()[0]}")
     _log_to_stdout()
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     log.info("vitpyramid %s, jax %s, %s", vitpyramid.__version__, jax.__version__, devices)
@@ -64,10 +69,37 @@ def main(argv: list[str]) -> int:
     except NonFiniteError as error:
         log.error("%s", error)
         return EXIT_NON_FINITE
+    except OSError as error:
+        log.error("%s: %s", error.filename, error.strerror) if error.filename else log.error("%s", error)
+        return EXIT_IO
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        log.error("another process has ended or cannot be reached; start all of them again to go on from the last save")
+        log.error("%s", str(error).splitlines()[0])
+        logging.shutdown()
+        os._exit(EXIT_PEER)  # leaving in the usual way waits for the others
     # "--workdir FOLDER" in two words may stay: the last one counts.
     command = [arg for arg in sys.argv if not arg.startswith(("--workdir=", "--mode="))] + [f"--workdir={workdir}"]
     log.info("%s", format_summary(summary, task, workdir, shlex.join(["python", *command])))
     return 0 if summary.finished else EXIT_STOPPED
+
+
+def _join_processes() -> None:
+    """Connects the processes of a run, if it has several."""
+    if FLAGS.coordinator_address is None and (FLAGS.num_processes, FLAGS.process_id) != (None, None):
+        sys.exit(
+            "--num_processes and --process_id go with --coordinator_address, which is missing: each would train alone"
+        )
+    logging.getLogger("jax._src.distributed").setLevel(logging.WARNING)
+    if FLAGS.distributed or FLAGS.coordinator_address:
+        jax.distributed.initialize(
+            FLAGS.coordinator_address,
+            FLAGS.num_processes,
+            FLAGS.process_id,
+            initialization_timeout=_PATIENCE,
+            heartbeat_timeout_seconds=_PATIENCE,
+        )
 
 
 def _log_to_stdout() -> None:

@@ -1,7 +1,8 @@
-"""Runs a network on a golden file in either precision: one evaluation, one training step's gradients."""
+"""Narrow networks of every kind, run in one program each; and a network on a golden file in either precision."""
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,84 @@ import optax
 
 import golden
 from vitpyramid import create_model
+from vitpyramid.models.pit import PiT
+from vitpyramid.models.pvt import PVT
+from vitpyramid.models.regnet import RegNetY
+from vitpyramid.models.rest import ResT
+from vitpyramid.models.t2t_vit import GhostAttention, GhostMlp, SEAttention, T2TViT, T2TViTDense
+from vitpyramid.models.vit import ViT
 from vitpyramid.weights import flax_to_torch, names, torch_to_flax
+
+# Compiling is most of these tests' time.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+SMALL = {"num_classes": 5, "image_size": 64}
+STAGES = {"dims": (8, 16, 24, 32), "heads": (1, 2, 3, 4), **SMALL}
+# Every kind of network there is, narrow enough to run anywhere.
+NARROW = {
+    "pvt": PVT((1, 1, 2, 1), **STAGES),
+    "pit": PiT((1, 2, 1), (8, 16, 32), (1, 2, 4), **SMALL),
+    "pit_distilled": PiT((1, 2, 1), (8, 16, 32), (1, 2, 4), distilled=True, **SMALL),
+    "t2t": T2TViT(32, 2, 2, 2, **SMALL),
+    "t2t_transformer": T2TViT(32, 2, 2, 2, tokens_type="transformer", **SMALL),
+    "t2t_convolution": T2TViT(32, 2, 2, 2, tokens_type="convolution", **SMALL),
+    # As wide as 4 units behind the ReLU.
+    "t2t_se": T2TViT(64, 2, 2, 2, attention=SEAttention, **SMALL),
+    "t2t_ghost": T2TViT(32, 2, 2, 3, attention=GhostAttention, mlp=GhostMlp, **SMALL),
+    "t2t_dense": T2TViTDense(16, 12, 2, 2, groups=(1, 2), growth=8, **SMALL),
+    "rest": ResT((1, 1, 2, 1), **STAGES),
+    "deit": ViT(24, heads=3, depth=3, **SMALL),
+    "deit_distilled": ViT(24, heads=3, depth=3, distilled=True, **SMALL),
+    "regnety": RegNetY((1, 2, 1, 1), (8, 16, 24, 32), 8, stem_dim=8, **SMALL),
+}
+
+
+@functools.partial(quick_jit, static_argnums=0, static_argnames=("train", "method"))
+def apply(model, variables, images, seed=0, *, train=False, method=None):
+    """`model.apply` in one program; dropout draws from `seed`, updated statistics are left out."""
+    rngs = {"dropout": jax.random.key(seed)}
+    return model.apply(variables, images, train=train, method=method, rngs=rngs, mutable="batch_stats")[0]
+
+
+def random_images(*shape) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((*shape, 3)).astype(np.float32)
+
+
+def shapes_of(model) -> dict:
+    """Shapes of a model's variables."""
+    return jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32))
+
+
+def random_variables(model) -> dict:
+    """Variables at unit scale, so that every part of the network moves the output."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        if path[0].key == "constants" and path[-1].key == "pos_embed":
+            return golden.sinusoid(*leaf.shape[1:])
+        value = rng.standard_normal(leaf.shape).astype(np.float32) * float(max(0.1, np.prod(leaf.shape[:-1]) ** -0.5))
+        if path[-1].key == "var":
+            return 0.5 + value**2
+        # Of long queries and keys, as these would be, a performer sees its guard alone.
+        return 0.1 * value if "kqv" in jax.tree_util.keystr(path) else value
+
+    return jax.tree_util.tree_map_with_path(draw, shapes_of(model))
+
+
+def modules_called(kind: type, model, train: bool) -> list:
+    """Modules of class `kind` in order of their first calls."""
+    modules = {}
+
+    def record(call, args, kwargs, context):
+        if isinstance(context.module, kind) and context.method_name == "__call__":
+            modules.setdefault(context.module.path, context.module)
+        return call(*args, **kwargs)
+
+    options = {"train": train, "rngs": {"dropout": jax.random.key(0)}, "mutable": "batch_stats"}
+    run, variables = functools.partial(model.apply, **options), shapes_of(model)
+    with nn.intercept_methods(record):
+        jax.eval_shape(run, variables, random_images(2, 64, 64))
+    return list(modules.values())
 
 
 @functools.cache
@@ -78,3 +156,15 @@ def cubic_matrix(size: int, new_size: int) -> np.ndarray:
     inside[:, 0] += matrix[:, :2].sum(axis=1)
     inside[:, -1] += matrix[:, -2:].sum(axis=1)
     return inside
+
+
+def linear_matrix(size: int, new_size: int) -> np.ndarray:
+    """`[new_size, size]`: PyTorch's bilinear `interpolate(align_corners=False)` along one axis."""
+    matrix = np.zeros((new_size, size))
+    for out in range(new_size):
+        source = max((out + 0.5) * size / new_size - 0.5, 0.0)
+        low = int(source)
+        high = min(low + 1, size - 1)
+        matrix[out, low] += 1 - (source - low)
+        matrix[out, high] += source - low
+    return matrix

@@ -1,15 +1,13 @@
-"""Models by name, and what holds for PVT's precision at large activations."""
+"""Models by name."""
 
 import re
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import golden
 from vitpyramid import create_model, list_models
-from vitpyramid.models.registry import get_variant
 
 OURS = {"regnety_micro", "pvt_micro", "pit_micro", "t2t_vit_micro", "rest_micro", "deit_micro"}
 
@@ -18,11 +16,6 @@ def test_every_published_network_is_there():
     """Those of the golden manifest, the convolution token module of T2T-ViT's Table 7, and the micro networks."""
     assert set(list_models()) == set(golden.manifest()) | {"t2t_vit_c_14", "regnety_160"} | OURS
     assert list_models("pit_b") == ["pit_b", "pit_b_distilled"]
-
-
-def test_parameters_are_as_the_manifest_says():
-    for name, facts in golden.manifest().items():
-        assert get_variant(name).params == facts["parameters"], name
 
 
 def test_unknown_names_and_options():
@@ -60,22 +53,3 @@ def test_images_are_checked_at_the_door(name):
             jax.eval_shape(model.init, key, jnp.zeros(shape))
     with pytest.raises(ValueError, match="images are uint8, expected normalised floats"):
         jax.eval_shape(model.init, key, jnp.zeros((2, 32, 32, 3), jnp.uint8))
-
-
-def test_pvt_in_bfloat16_is_finite_at_a_thousand_times_the_scale():
-    """Image, position tables and class token, which set the scale of the residual stream, times 1000."""
-    model = create_model("pvt_micro", dtype=jnp.bfloat16)
-    images = 1e3 * jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
-    params = jax.jit(model.init)(jax.random.key(1), images)["params"]
-    for key in params:
-        if key.startswith(("pos_embed", "cls_token")):
-            params[key] = 1e3 * params[key]
-
-    def loss(params):
-        logits = model.apply({"params": params}, images)
-        return -jax.nn.log_softmax(logits)[:, 0].mean(), logits
-
-    (value, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    assert logits.dtype == jnp.float32
-    assert np.isfinite(value)
-    assert all(np.isfinite(leaf).all() and leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(jax.device_get(grads)))

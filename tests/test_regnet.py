@@ -11,7 +11,7 @@ from flax import traverse_util
 import golden
 from vitpyramid import create_model
 from vitpyramid.models.registry import get_variant
-from vitpyramid.weights import flax_to_torch, names, torch_to_flax
+from vitpyramid.weights import names, torch_to_flax
 
 
 @functools.cache
@@ -33,16 +33,6 @@ def test_parameters_are_timms():
     assert sorted(found) == sorted(set(expected) - set(counters))
     trainable = sum(v.size for key, v in state_dict.items() if ".running_" not in key)
     assert trainable == reference()["parameters"] == get_variant("regnety_160").params == 83_590_140
-
-
-def test_state_dict_goes_there_and_back():
-    state_dict = weights("regnety_micro", 10)
-    variables = torch_to_flax("regnety_micro", state_dict)
-    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == get_variant("regnety_micro").params
-    back = flax_to_torch("regnety_micro", variables)
-    assert {key for key in back if "num_batches" not in key} == set(state_dict)
-    for key, array in state_dict.items():
-        np.testing.assert_array_equal(back[key], array)
 
 
 def test_small_network_equals_timms_stage_by_stage():
@@ -80,5 +70,5 @@ def test_training_updates_statistics():
 
 @pytest.mark.parametrize("option", [{"scan": True}, {"drop_path_rate": 0.1}])
 def test_what_it_cannot_do_is_an_error(option):
-    with pytest.raises(ValueError, match="RegNetY has no scan"):
+    with pytest.raises(ValueError, match="expected False and 0, RegNetY has neither"):
         jax.eval_shape(create_model("regnety_micro", **option).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))

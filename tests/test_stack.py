@@ -68,12 +68,6 @@ def test_scan_needs_remat():
         jax.eval_shape(create_model("pvt_micro", scan=True).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
 
 
-def test_unequal_blocks_cannot_be_stacked():
-    params = {"blocks_0": {"kernel": jnp.zeros(3)}, "blocks_1": {"kernel": jnp.zeros(4)}}
-    with pytest.raises(ValueError, match="the blocks of blocks differ"):
-        stack_blocks(params, [Stage((), ("blocks_0", "blocks_1"))])
-
-
 def test_blocks_are_stacked_in_order():
     params = {f"blocks_{i}": {"scale": jnp.full(2, i)} for i in (10, 2, 0, 1, 3, 4, 5, 6, 7, 8, 9)}
     stages = [Stage((), tuple(f"blocks_{i}" for i in range(11)))]

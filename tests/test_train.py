@@ -1,7 +1,6 @@
 """Whole runs: what they leave behind, how they end, and that a killed one ends as if it had not been."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -16,6 +15,7 @@ from ml_collections import ConfigDict
 from tensorboardX.proto import event_pb2
 
 from configs import quickstart
+from soak import CHANGES, STEPS, Run, arrays, differing, wait_for_a_save
 from vitpyramid.tasks import make_task
 from vitpyramid.tools import preview
 from vitpyramid.train import config as configs
@@ -24,18 +24,9 @@ from vitpyramid.train.program import abstract_batch, build
 from vitpyramid.train.report import NonFiniteError
 from vitpyramid.train.sharding import make_mesh
 from vitpyramid.weights import store
+from vitpyramid.weights.intact import newest_intact
 
 ROOT = Path(__file__).parent.parent
-CHANGES = {
-    "epochs": 2.0,
-    "ema.decay": 0.9,
-    "model.drop_rate": 0.1,
-    "eval.every_epochs": 1.0,
-    "checkpoint.every_epochs": 0.25,
-    "log.every_steps": 1,
-    "schedule.warmup_epochs": 0.5,
-}
-STEPS = 44
 
 
 class Recording(ConfigDict):
@@ -59,22 +50,6 @@ def tiny_config(data_dir, **changes):
     config.update_from_flattened_dict({**CHANGES, "data.data_dir": data_dir, **changes})
     config.compile_cache = ""  # pytest's own is in use
     return config
-
-
-def saved(workdir, step):
-    """Every array of a checkpoint, by name, on the host."""
-    with store.open_checkpoints(workdir, read_only=True) as manager:
-        assert manager.latest_step() == step
-        config = ConfigDict(json.loads((workdir / "config.json").read_text()))
-        mesh = make_mesh(1, jax.devices()[:1])
-        state = store.restore(manager, step, build(make_task(config), mesh).state)
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
-
-
-def assert_same(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    for name, array in ours.items():
-        np.testing.assert_array_equal(array, theirs[name], err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -167,12 +142,14 @@ def test_a_finished_run_is_only_evaluated_again(finished, data_dir):
 def test_restores_on_another_mesh(finished):
     workdir, _, _ = finished
     config = ConfigDict(json.loads((workdir / "config.json").read_text()))
-    expected = saved(workdir, STEPS)
+    expected = arrays(workdir)
     with store.open_checkpoints(workdir, read_only=True) as manager:
         state = store.restore(manager, STEPS, build(make_task(config), make_mesh(8)).state)
     assert not state.params["block4_0"]["mlp"]["fc1"]["kernel"].sharding.is_fully_replicated
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        np.testing.assert_array_equal(np.asarray(leaf), expected[jax.tree_util.keystr(path)])
+        np.testing.assert_array_equal(
+            np.asarray(leaf), expected[jax.tree_util.keystr(path, simple=True, separator="/")]
+        )
 
 
 def test_another_config_is_refused(finished, data_dir):
@@ -242,77 +219,40 @@ def test_non_finite_loss_stops_the_run(data_dir, tmp_path, monkeypatch):
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["6"]
 
 
-class Run:
-    """`main.py` in a process of its own, on one device, with its output at hand."""
-
-    def __init__(self, workdir, data_dir, cache, *args):
-        changes = {**CHANGES, "data.data_dir": data_dir, "compile_cache": str(cache)}
-        command = [
-            sys.executable,
-            "main.py",
-            f"--workdir={workdir}",
-            *(f"--config.{k}={v}" for k, v in changes.items()),
-        ]
-        environment = {**os.environ, "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
-        self.process = subprocess.Popen(
-            [*command, *args], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        self.output = ""
-
-    def until(self, pattern):
-        for line in self.process.stdout:
-            self.output += line
-            if re.search(pattern, line):
-                return
-        raise AssertionError(f"ended with {self.process.wait()} before {pattern!r}:\n{self.output}")
-
-    def stop(self, signum):
-        self.process.send_signal(signum)
-        return self.end()
-
-    def end(self):
-        self.output += self.process.communicate(timeout=300)[0]
-        return self.process.returncode
-
-
 def test_killed_runs_end_as_uninterrupted_ones(tmp_path, data_dir):
     """SIGKILL in the middle of a step and in the middle of a save, SIGTERM, SIGINT: the same bits at the end."""
+    seed = int(time.time())  # other moments in every run of the tests
+    print(f"seed {seed}")
+    rng = np.random.default_rng(seed)
     cache = tmp_path / "cache"
     whole = Run(tmp_path / "whole", data_dir, cache)
     assert whole.end() == 0, whole.output
-    expected = saved(tmp_path / "whole", STEPS)
 
     workdir = tmp_path / "killed"
-    rng = np.random.default_rng()  # other moments in every run of the tests
-
     run = Run(workdir, data_dir, cache)
-    run.until(rf"step +{rng.integers(7, 16)}/{STEPS} ")
+    assert run.until(rf"step +{rng.integers(7, 16)}/{STEPS} "), run.output
     assert run.stop(signal.SIGKILL) == -signal.SIGKILL
 
     run = Run(workdir, data_dir, cache)
-    run.until(r"going on from step|from the start")  # the first save may not have been complete
-    folder = workdir / "checkpoints"
-    seen = {path.name for path in folder.iterdir()}
-    deadline = time.time() + 200
-    while time.time() < deadline and not any("tmp" in p.name for p in folder.iterdir() if p.name not in seen):
-        time.sleep(0.0005)
-    assert run.stop(signal.SIGKILL) == -signal.SIGKILL
+    assert run.until(r"going on from step|from the start"), run.output  # the first save may not have been complete
+    wait_for_a_save(workdir, run.process)
+    assert run.stop(signal.SIGKILL) == -signal.SIGKILL, run.output
 
     for signum in (signal.SIGTERM, signal.SIGINT):
         run = Run(workdir, data_dir, cache)
-        run.until(r"going on from step|from the start")
-        run.until(r"step +\d+/")
+        assert run.until(r"going on from step|from the start"), run.output
+        assert run.until(r"step +\d+/"), run.output
         assert run.stop(signum) == 75, run.output
         step = int(re.search(r"stopped +after step (\d+)", run.output).group(1))
-        with store.open_checkpoints(workdir, read_only=True) as manager:
-            assert manager.latest_step() == step < STEPS
+        assert newest_intact(workdir / "checkpoints") == step < STEPS
 
     run = Run(workdir, data_dir, cache)
     assert run.end() == 0, run.output
     assert f"going on from step {step}" in run.output
-    assert_same(saved(workdir, STEPS), expected)
+    assert differing(arrays(workdir), arrays(tmp_path / "whole")) == []
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in lines if "eval/loss" in line] == [22, 44]
 
 
 @pytest.mark.parametrize(

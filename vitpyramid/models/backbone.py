@@ -171,13 +171,13 @@ class Backbone(nn.Module, kw_only=True):
         Returns:
           None where the family has no position tables, or the first of them is no square grid's.
         """
-        for table in self.position_tables[:1]:
-            cells = math.prod(shapes.get(table.path, (0,))[1:-1] or (0,)) - table.extra
-            grid_side = math.isqrt(max(cells, 0))
-            side = self.image_side(grid_side)
-            if grid_side > 0 and grid_side**2 == cells and side >= self.least_side:
-                return side
-        return None
+        table = next(iter(self.position_tables), None)
+        if table is None or table.path not in shapes:
+            return None
+        cells = math.prod(shapes[table.path][1:-1]) - table.extra
+        grid_side = math.isqrt(max(cells, 0))
+        side = self.image_side(grid_side)
+        return side if grid_side > 0 and grid_side**2 == cells and side >= self.least_side else None
 
     @nn.nowrap
     def image_side(self, grid_side: int) -> int:

@@ -78,6 +78,11 @@ class PoolConv(nn.Module):
                 out = out + x[:, i : i + 2 * h - 1 : 2, j : j + 2 * w - 1 : 2] * kernel[i, j]
         return out.reshape(b, h, w, self.features).astype(self.dtype)
 
+    @nn.nowrap
+    def elementwise_macs(self, out: jax.Array) -> int:
+        """Multiply-accumulates of the convolution, for `tools.summary`, which cannot see them in shifted products."""
+        return 9 * out.size
+
 
 class Pool(nn.Module):
     """Pooling layer (paper section 3): halves the map, widens map and class tokens."""

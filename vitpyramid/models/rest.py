@@ -124,6 +124,11 @@ class ReduceConv(nn.Module):
         x = (x * kernel[:, None, :, 0]).sum((2, 4), dtype=at_least_float32(self.dtype))
         return x.astype(self.dtype) + bias
 
+    @nn.nowrap
+    def elementwise_macs(self, out: jax.Array) -> int:
+        """Multiply-accumulates of the convolution, for `tools.summary`, which cannot see them here."""
+        return (self.sr_ratio + 1) ** 2 * out.size
+
 
 class HeadMixing(nn.Module):
     """1 x 1 convolution across heads: every head's logits become a sum over all heads'."""

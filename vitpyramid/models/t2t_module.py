@@ -178,6 +178,11 @@ class TokenPerformer(nn.Module):
         y = linear(TOKEN_DIM, self.dtype, "mlp_2")(y)
         return x + nn.Dropout(self.drop_rate, deterministic=False)(y)
 
+    @nn.nowrap
+    def elementwise_macs(self, out: jax.Array) -> int:
+        """Multiply-accumulates of the denominators, for `tools.summary`, which cannot see them in a sum."""
+        return out.size // TOKEN_DIM * (TOKEN_DIM // 2)
+
 
 class TokenAttention(nn.Module):
     """Self-attention with one head; its residual is the value."""

@@ -67,6 +67,11 @@ class CheapOperation(nn.Module):
         """`[B, N, C]` -> `[B, N, C]`."""
         return x * self.param("kernel", torch_bias_init(1), (1, 1, x.shape[-1])).astype(self.dtype)
 
+    @nn.nowrap
+    def elementwise_macs(self, out: jax.Array) -> int:
+        """Multiply-accumulates of the convolution, for `tools.summary`, which cannot see them in a product."""
+        return out.size
+
 
 class GhostAttention(SelfAttention):
     """Self-attention whose query, key and value are computed by half (paper section 3.2).
@@ -204,7 +209,7 @@ class T2TViT(Backbone):
         return (Level(x[:, 1:].reshape(b, *grid, -1), self.strides[0]),), x[:, 0]
 
     def positions(self, tokens: int, dim: int) -> jax.Array:
-        """Sinusoid `[1, tokens, dim]`: the stored one if it has as many tokens."""
+        """Sinusoid `[1, tokens, dim]`: the stored one if it has as many tokens, else one made for them."""
         (native,) = self.position_tables
         slots = native.extra + native.grid[0] * native.grid[1]
         stored = self.variable("constants", "pos_embed", lambda: jnp.asarray(sinusoid(slots, dim))).value

@@ -55,7 +55,7 @@ class ViT(DistilledBackbone):
     @property
     def stages(self) -> tuple[Stage, ...]:
         """One."""
-        before = ("patch_embed", "cls_token", "dist_token", "pos_embed")
+        before = ("patch_embed", "cls_token", *["dist_token"] * self.distilled, "pos_embed")
         return (Stage(before, tuple(f"blocks_{j}" for j in range(self.depth))),)
 
     @property

@@ -25,11 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from vitpyramid.models.pit import PoolConv
 from vitpyramid.models.registry import get_variant, list_models
-from vitpyramid.models.rest import ReduceConv
-from vitpyramid.models.t2t_module import TokenPerformer
-from vitpyramid.models.t2t_vit import CheapOperation
 
 # Why published multiply-accumulates differ from ours, by family.
 REASONS = {"rest": "the published figure omits part of the attention products"}
@@ -96,7 +92,7 @@ def summarise(name: str, height: int | None = None, width: int | None = None) ->
     """
     variant = get_variant(name)
     model = variant.model
-    native = (model.image_size,) * 2 if isinstance(model.image_size, int) else tuple(model.image_size)
+    native = model.height_width
     height, width = height or native[0], width or native[1]
     variables = jax.eval_shape(model.init, jax.random.key(0), _images(1, *native))
     levels = jax.eval_shape(lambda v, x: model.apply(v, x, method="features"), variables, _images(1, height, width))
@@ -124,16 +120,9 @@ def count_macs(model, variables, height: int, width: int) -> int:
 def _show_sums(call, args, kwargs, context):
     """Puts into the traced program, as a product of vectors, what a layer multiplies and adds element by element."""
     out, module = call(*args, **kwargs), context.module
-    if context.method_name != "__call__":
-        return out
-    if isinstance(module, (PoolConv, ReduceConv, CheapOperation)):  # grouped convolutions of one channel a group
-        macs = out.size * math.prod(module.variables["params"]["kernel"].shape[:-1])
-    elif isinstance(module, TokenPerformer):  # the denominators
-        macs = out.size // out.shape[-1] * module.variables["constants"]["w"].shape[0]
-    else:
-        return out
-    vector = jnp.broadcast_to(out.ravel()[0], macs)
-    jnp.vdot(vector, vector)
+    if context.method_name == "__call__" and hasattr(module, "elementwise_macs"):
+        vector = jnp.broadcast_to(out.ravel()[0], module.elementwise_macs(out))
+        jnp.vdot(vector, vector)
     return out
 
 

@@ -5,6 +5,7 @@ The data's position needs no file: batches are a function of the seed and the st
 
 from pathlib import Path
 
+import jax
 import orbax.checkpoint as ocp
 
 from vitpyramid.tasks.task import ConfigError, Task
@@ -41,6 +42,19 @@ def check_continues(manager: ocp.CheckpointManager, step: int, task: Task) -> No
             f"{manager.directory}/{step} was saved by a run with another config:\n  "
             + "\n  ".join(changed)
             + "\nUse another --workdir, or pass --allow_config_change to go on from it all the same."
+        )
+
+
+def check_fits(manager: ocp.CheckpointManager, step: int, state: TrainState) -> None:
+    """Raises `ConfigError` if a checkpoint has other arrays than `state`, which is abstract."""
+    ours, saved = (
+        {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (state, manager.item_metadata(step)["state"].tree))
+    )
+    if differing := [name for name in sorted(ours | saved) if ours.get(name) != saved.get(name)]:
+        raise ConfigError(
+            f"{manager.directory}/{step} has other arrays than this config's network and optimizer: {len(differing)} "
+            f"differ, such as {', '.join(differing[:3])}. --config.init takes the weights alone"
         )
 
 

@@ -1,6 +1,7 @@
 """The training loop, and evaluation of what it saved."""
 
 import collections
+import contextlib
 import functools
 import json
 import logging
@@ -28,8 +29,10 @@ from vitpyramid.train.program import (
 from vitpyramid.train.report import Report, Summary
 from vitpyramid.train.sharding import batch_sharding, make_mesh, to_devices
 from vitpyramid.train.state import TrainState, create_state, with_weights
+from vitpyramid.train.workdir import agreed, held
 from vitpyramid.train.writer import MetricWriter
 from vitpyramid.weights import store
+from vitpyramid.weights.intact import newest_intact
 
 log = logging.getLogger(__name__)
 
@@ -42,22 +45,26 @@ def train(task: Task, workdir: Path, allow_config_change: bool = False) -> Summa
       allow_config_change: go on from a checkpoint although it was saved with another config.
 
     Raises:
-      ConfigError: the config does not fit the data, or contradicts the checkpoint.
+      ConfigError: the config does not fit the data, or contradicts the checkpoint; another run holds `workdir`.
+      OSError: no checkpoint is intact, or a file cannot be read or written.
       NonFiniteError: the loss or gradient stopped being finite; what was saved before is untouched.
     """
     config = task.config
     checkpoint.check_is_no_conversion(workdir)
     use_compile_cache(config.compile_cache)
     mesh = make_mesh(config.mesh.fsdp)
-    with (
-        stop_requests() as stop_requested,
-        jax.set_mesh(mesh),
-        store.open_checkpoints(workdir, config.checkpoint.keep, background=True) as checkpoints,
-    ):
+    with contextlib.ExitStack() as stack:
+        stop_requested = stack.enter_context(stop_requests())
+        stack.enter_context(held(workdir))
+        stack.enter_context(jax.set_mesh(mesh))
+        start = agreed(lambda: newest_intact(workdir / store.FOLDER, set_aside=True)) or 0
+        checkpoints = stack.enter_context(store.open_checkpoints(workdir, config.checkpoint.keep, background=True))
         program = build(task, mesh)
-        start, total = checkpoints.latest_step() or 0, program.horizon.total_steps
-        if start and not allow_config_change:
-            checkpoint.check_continues(checkpoints, start, task)
+        total = program.horizon.total_steps
+        if start:
+            if not allow_config_change:
+                checkpoint.check_continues(checkpoints, start, task)
+            checkpoint.check_fits(checkpoints, start, program.state)
         if start > total:
             raise ConfigError(f"epochs = {config.epochs}: expected {start} steps or more, {workdir} has taken those")
         train_batches = to_devices(task.train_batches(start), batch_sharding(mesh))
@@ -70,13 +77,13 @@ def train(task: Task, workdir: Path, allow_config_change: bool = False) -> Summa
         compiling = time.perf_counter()
         train_step = compile_train_step(task, program, mesh)
         eval_step = compile_eval_step(task, program.state.variables, mesh)
+        compile_seconds = time.perf_counter() - compiling
         if start:
             state = store.restore(checkpoints, start, program.state)
         else:
             state = create_state(program.init, program.state)
             state = with_weights(state, initial) if initial else state
         constants = jax.tree.map(lambda x, to: jax.device_put(x, to.sharding), task.constants(), program.constants)
-        compile_seconds = time.perf_counter() - compiling
 
         eval_every = program.horizon.steps(config.eval.every_epochs)
         save_every = program.horizon.steps(config.checkpoint.every_epochs)
@@ -99,9 +106,10 @@ def train(task: Task, workdir: Path, allow_config_change: bool = False) -> Summa
                 break
             state, measured = train_step(state, next(train_batches), constants)
             report.add(step + 1, measured)
-        if stop and checkpoints.latest_step() != step:
+        if stop and step > (checkpoints.latest_step() or 0):
             with report.paused(step):
                 checkpoint.save(checkpoints, state, task)
+        store.finish(checkpoints)
         writer.close()
     return Summary(step, total, metrics, report.examples_per_second, compile_seconds)
 
@@ -113,10 +121,10 @@ def evaluate_checkpoint(task: Task, workdir: Path) -> tuple[int, dict[str, float
     """
     use_compile_cache(task.config.compile_cache)
     mesh = make_mesh(task.config.mesh.fsdp)
+    step = agreed(lambda: newest_intact(workdir / store.FOLDER))
+    if step is None:
+        raise ConfigError(f"--workdir={workdir}: expected a folder with a complete checkpoint in checkpoints/")
     with jax.set_mesh(mesh), store.open_checkpoints(workdir, read_only=True) as checkpoints:
-        step = checkpoints.latest_step()
-        if step is None:
-            raise ConfigError(f"--workdir={workdir}: expected a folder with a complete checkpoint in checkpoints/")
         has_average = checkpoint.check_evaluates(checkpoints, step, task)
         batches = task.eval_batches()
         variables = abstract_variables(task, mesh)

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import os
 import signal
 from collections.abc import Callable, Iterator
 
@@ -13,9 +14,9 @@ from jax.experimental import multihost_utils
 def stop_requests() -> Iterator[Callable[[], bool]]:
     """Yields `requested()`: True once every process should stop.
 
-    The first SIGTERM or SIGINT is a request; a second SIGINT interrupts at once. With several processes the
-    coordination service picks the call at which all of them hear of it, so all must call alike: after each step, and
-    after each batch of an evaluation.
+    The first SIGTERM or SIGINT is a request; a second SIGINT interrupts at once. With several processes, where a signal
+    to any of them is one, the coordination service picks the call at which all of them hear of it, so all must call
+    alike: after each step, and after each batch of an evaluation.
     """
     received, calls = [], itertools.count(1)
 
@@ -24,14 +25,18 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         received.append(signum)
 
+    def pass_on(signum, frame):
+        # The coordination service listens for SIGTERM, below Python, and tells the other processes.
+        os.kill(os.getpid(), signal.SIGTERM)
+
     def requested() -> bool:
         if jax.process_count() > 1 and not received and multihost_utils.reached_preemption_sync_point(next(calls)):
             received.append(signal.SIGTERM)
         return bool(received)
 
-    # With several processes the coordination service listens for SIGTERM itself.
-    signals = () if jax.process_count() > 1 else (signal.SIGTERM, signal.SIGINT)
-    previous = {signum: signal.signal(signum, handle) for signum in signals}
+    several = jax.process_count() > 1
+    handlers = {signal.SIGINT: pass_on} if several else {signal.SIGTERM: handle, signal.SIGINT: handle}
+    previous = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
     try:
         yield requested
     finally:

@@ -1,7 +1,9 @@
 """Where a run's numbers go: the console, TensorBoard events and a file of JSON lines, all from the first process."""
 
 import json
+import logging
 import math
+import uuid
 from pathlib import Path
 
 import jax
@@ -9,6 +11,9 @@ from tensorboardX import SummaryWriter
 
 from vitpyramid.files import write_atomically
 
+log = logging.getLogger(__name__)
+
+_UNREADABLE = {"step": math.inf}
 _EVALUATION = "eval/"  # begins the names of an evaluation's metrics
 
 
@@ -23,12 +28,17 @@ class MetricWriter:
 
     def __init__(self, workdir: Path, start_step: int):
         path = workdir / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [record for line in lines if (record := _parse(line))["step"] <= start_step]
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        records = [_parse(line) for line in lines]
+        kept = [record for record in records if record["step"] <= start_step]
         self.evaluations = {record["step"]: _strip(record) for record in kept if _strip(record)}
         self._active = jax.process_index() == 0
         if not self._active:
             return
+        if _UNREADABLE in records[:-1]:  # the last line may have been cut off by a kill
+            damaged = path.with_name(f"metrics.damaged-{uuid.uuid4().hex[:8]}.jsonl")
+            damaged.write_bytes(path.read_bytes())
+            log.warning("%s has lines that cannot be read; it is kept as %s", path, damaged.name)
         write_atomically(path, "".join(f"{json.dumps(record)}\n" for record in kept))
         self._lines = path.open("a")
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1 if start_step else None)
@@ -56,12 +66,12 @@ class MetricWriter:
 
 
 def _parse(line: str) -> dict:
-    """A JSON line; one cut off by a kill belongs to no step that is kept."""
+    """A JSON line; one that cannot be read belongs to no step that is kept."""
     try:
         record = json.loads(line)
-        return record if isinstance(record["step"], int) else {"step": math.inf}
+        return record if isinstance(record["step"], int) else _UNREADABLE
     except (ValueError, KeyError, TypeError):
-        return {"step": math.inf}
+        return _UNREADABLE
 
 
 def _strip(record: dict) -> dict[str, float]:

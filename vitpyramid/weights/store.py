@@ -12,6 +12,10 @@ half-written one is never picked up. Each has an item `state`, arrays (`step`, `
 Converted weights are step 0, with `network` and `ema` alone.
 """
 
+import contextlib
+import functools
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +26,7 @@ from flax import traverse_util
 
 from vitpyramid.models.registry import create_model
 from vitpyramid.models.stack import unstack_blocks
+from vitpyramid.weights import intact
 
 FOLDER = "checkpoints"
 CONVERTED = "conversion.json"  # beside it, in folders of converted weights
@@ -53,11 +58,14 @@ def open_checkpoints(
       read_only: nothing is made or cleaned up.
       background: files are written while the program goes on, from a copy of the arrays.
     """
+    checkpoints = (folder / FOLDER).absolute()
+    finished = ocp.AsyncOptions(post_finalization_callback=functools.partial(intact.seal, checkpoints))
     options = ocp.CheckpointManagerOptions(
         preservation_policy=ocp.checkpoint_managers.LatestN(keep) if keep else None,
         create=not read_only,
         cleanup_tmp_directories=not read_only,
         enable_async_checkpointing=background,
+        async_options=finished if background and jax.process_index() == 0 else None,
     )
     # Orbax splits every copied array among the devices that hold it, which compiles one program per shape; below this
     # size the compilations cost far more than the writing.
@@ -71,12 +79,36 @@ def open_checkpoints(
         "state": ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry),
         "meta": ocp.JsonCheckpointHandler(),
     }
-    return ocp.CheckpointManager((folder / FOLDER).absolute(), options=options, item_handlers=handlers)
+    return ocp.CheckpointManager(checkpoints, options=options, item_handlers=handlers)
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: Any, meta: dict) -> None:
-    """Saves a step; with `background`, begins to."""
-    manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta)))
+    """Saves a step; with `background`, begins to.
+
+    Raises:
+      OSError: it, or the one before in the background, cannot be written.
+    """
+    needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(manager.directory).free
+    if needed > free:
+        space = f"{needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
+        raise OSError(f"{manager.directory}: expected space for the checkpoint of step {step}, {space}")
+    with _saving(manager):
+        manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta)))
+
+
+def finish(manager: ocp.CheckpointManager) -> None:
+    """Waits for what is saved in the background. Raises as `save`."""
+    with _saving(manager):
+        manager.wait_until_finished()
+
+
+@contextlib.contextmanager
+def _saving(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """Orbax's errors are ValueErrors of many lines, whatever went wrong."""
+    try:
+        yield
+    except ValueError as error:
+        raise OSError(f"{manager.directory}: cannot save: {str(error).splitlines()[0]}") from error
 
 
 def restore(manager: ocp.CheckpointManager, step: int, abstract):
@@ -96,8 +128,7 @@ def read_meta(manager: ocp.CheckpointManager, step: int) -> dict:
 
 def has_weights(folder: Path) -> bool:
     """Whether a folder has checkpoints that `read_weights` can read."""
-    checkpoints = folder / FOLDER
-    return checkpoints.is_dir() and any(child.name.isdecimal() for child in checkpoints.iterdir())
+    return bool(intact.steps(folder / FOLDER))
 
 
 def write_weights(folder: Path, network: dict, variables: dict) -> None:
@@ -113,23 +144,23 @@ def write_weights(folder: Path, network: dict, variables: dict) -> None:
     state = {"step": np.int32(0), "params": params, "model_state": model_state, "ema": {}}
     with open_checkpoints(folder) as manager:
         save(manager, 0, state, {"network": {**network, "scan": False}, "ema": False})
+    intact.seal(folder / FOLDER)
 
 
 def read_weights(folder: Path, weights: str = "auto") -> Stored:
-    """Reads the newest checkpoint of a folder, on the host, whatever mesh saved it.
+    """Reads the newest intact checkpoint of a folder, on the host, whatever mesh saved it.
 
     Args:
       weights: "raw", "ema" or "auto", which is the moving average where one was kept.
 
     Raises:
-      ValueError: no complete checkpoint, or none with the weights asked for.
+      ValueError: no checkpoint, or none with the weights asked for.
+      OSError: no checkpoint is intact.
     """
-    if not has_weights(folder):
+    step = intact.newest_intact(folder / FOLDER)
+    if step is None:
         raise ValueError(f"{folder}: expected a folder with a complete checkpoint in {FOLDER}/")
     with open_checkpoints(folder, read_only=True) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise ValueError(f"{folder / FOLDER}: expected a complete checkpoint, there is none")
         meta = read_meta(manager, step)
         if weights == "ema" and not meta["ema"]:
             raise ValueError(f"{folder}: expected a moving average of the weights, step {step} has none")
