@@ -92,6 +92,7 @@ def adapt(config: ConfigDict, chosen: dict) -> ConfigDict:
 def finetune(config: ConfigDict) -> None:
     """The same data at another size: DeiT's 384 recipe (its `README_deit.md`), 30 epochs at a constant 5e-6."""
     config.batch_size = 512
+    config.mix.groups = 16
     config.epochs = 30.0
     evaluation_mode(config)
     config.optim.lr, config.optim.lr_batch, config.optim.weight_decay = 5e-6, 512, 1e-8

@@ -26,6 +26,6 @@ def get_config(text: str = "small") -> ConfigDict:
     config.schedule.scale_ends = True
     recipes.adapt(config, chosen)
     if "finetune" in chosen:  # 8 GPUs with 128 images, no warm-up
-        config.batch_size = 1024
+        config.batch_size, config.mix.groups = 1024, 8
         config.schedule.name, config.schedule.warmup_epochs = "constant", 0.0
     return config

@@ -187,11 +187,13 @@ def test_learning_rate_is_timms_in_every_epoch(text):
 def test_finetuning_and_transfer():
     config = recipe("deit:base,finetune=384")
     assert (config.data.image_size, config.epochs, config.optim.weight_decay) == (384, 30.0, 1e-8)
+    assert (config.batch_size, config.mix.groups) == (512, 16)
     assert peak_lr(config) == pytest.approx(5e-6)
     schedule = make_schedule(config, Horizon.of(config, IMAGENET))
     assert float(schedule(2502 * 20)) == pytest.approx(5e-6, rel=1e-6)
 
     config = recipe("rest:base,finetune=384")
+    assert (config.batch_size, config.mix.groups) == (1024, 8)
     schedule = make_schedule(config, Horizon.of(config, IMAGENET))
     assert [float(schedule(1251 * epoch)) for epoch in (0, 29)] == pytest.approx([1e-5, 1e-5])
 
