@@ -9,6 +9,7 @@ another process of the run has ended.
 
 import logging
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from ml_collections import config_flags
 import vitpyramid
 from configs import base
 from vitpyramid.tasks import ConfigError, make_task
+from vitpyramid.tools.config_args import read_flags
 from vitpyramid.train import loop
 from vitpyramid.train.config import validate
 from vitpyramid.train.report import NonFiniteError, format_summary
@@ -53,7 +55,7 @@ def main(argv: list[str]) -> int:
     config_file = config_flags.get_config_filename(FLAGS["config"])
     workdir = Path(FLAGS.workdir or Path("runs", Path(config_file.split(":")[0]).stem))
     try:
-        validate(CONFIG.value, base.get_config(), jax.device_count())
+        validate(CONFIG.value, base.get_config(), jax.device_count(), evaluation=FLAGS.mode == "eval")
         task = make_task(CONFIG.value)
         if FLAGS.mode == "eval":
             step, metrics = loop.evaluate_checkpoint(task, workdir)
@@ -77,8 +79,9 @@ def main(argv: list[str]) -> int:
         log.error("%s", str(error).splitlines()[0])
         logging.shutdown()
         os._exit(EXIT_PEER)  # leaving in the usual way waits for the others
-    command = [arg for arg in sys.argv if not arg.startswith(("--workdir", "--mode"))] + [f"--workdir={workdir}"]
-    log.info("%s", format_summary(summary, task, workdir, " ".join(["python", *command])))
+    # "--workdir FOLDER" in two words may stay: the last one counts.
+    command = [arg for arg in sys.argv if not arg.startswith(("--workdir=", "--mode="))] + [f"--workdir={workdir}"]
+    log.info("%s", format_summary(summary, task, workdir, shlex.join(["python", *command])))
     return 0 if summary.finished else EXIT_STOPPED
 
 
@@ -107,18 +110,13 @@ def _log_to_stdout() -> None:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """The flags, with the default config; where ml_collections would end in a traceback, one line."""
+    """The flags, with the default config; ends with one line where they make no sense."""
     if not any(arg.lstrip("-").split("=")[0] == "config" for arg in argv):
         argv = [argv[0], f"--config={Path(__file__).parent / 'configs' / 'quickstart.py'}", *argv[1:]]
     try:
-        rest = app.parse_flags_with_usage(argv)
-        CONFIG.value.lock()  # a file that could not be loaded is reported on first use
-        return rest
-    except (AttributeError, KeyError) as error:
-        missing = error.args[0].args[0] if isinstance(error.args[0], KeyError) else error.args[0]
-        sys.exit(f"--config has no key {missing}; configs/base.py lists them all")
-    except (OSError, TypeError, ValueError) as error:
-        sys.exit(f"--config: {error}")
+        return read_flags(FLAGS, argv)
+    except ValueError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

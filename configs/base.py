@@ -1,6 +1,6 @@
 """Every key that a config has, with its default: PVT-Small on ImageNet. Other configs start from it and change keys.
 
-"epochs" count `floor(examples / batch_size)` steps each.
+"epochs" count `floor(examples / batch_size)` steps each, or as `schedule.round_up` says.
 """
 
 from ml_collections import ConfigDict
@@ -19,6 +19,8 @@ def get_config() -> ConfigDict:
     model.num_classes = 1000  # of the data set; 0: as many as it has
     model.drop_rate = 0.0  # dropout
     model.drop_path_rate = 0.1  # stochastic depth
+    model.token_drop_rate = 0.1  # dropout of the performer in T2T-ViT's token module; no other network has it
+    model.freeze_statistics = False  # batch norm, where there is any, keeps to its running statistics in training
     model.dtype = "bfloat16"  # of activations and matrix products, or "float32"
     model.remat = False  # recompute blocks in the backward pass: less memory, more time
     model.scan = False  # with model.remat: compile one block a stage and loop over it; needs less memory
@@ -45,12 +47,13 @@ def get_config() -> ConfigDict:
     data.threads = 16  # that read and decode, in each process
     data.workers = 0  # processes that read and decode; 0: in the training process
 
-    config.mix = mix = ConfigDict()  # images mixed with those of the reversed batch, on the device
+    config.mix = mix = ConfigDict()  # images mixed with those of the reversed group, on the device
+    mix.groups = 1  # runs of rows, each drawn for and mixed by itself, as the processes of the authors; 1: the batch
     mix.mixup = 0.0  # alpha of mixup's Beta distribution; 0: no mixup
     mix.cutmix = 0.0  # likewise of CutMix
     mix.prob = 1.0  # of mixing at all
     mix.switch_prob = 0.5  # of CutMix where both are on
-    mix.mode = "batch"  # draws are for the "batch", for each "pair" that exchanges, or for each image: "elem"
+    mix.mode = "batch"  # draws are for a group ("batch"), for each "pair" that exchanges, or for each image: "elem"
     mix.before_normalise = False  # on rounded pixels and before erasing, as T2T-ViT; else after both
 
     config.erase = erase = ConfigDict()  # random erasing, on the device
@@ -76,6 +79,7 @@ def get_config() -> ConfigDict:
     config.schedule = schedule = ConfigDict()  # linear warm-up, then:
     schedule.name = "cosine"  # "cosine" or "constant"
     schedule.per = "step"  # the rate changes every "step" or every "epoch"
+    schedule.round_up = False  # an epoch counts its last, partial batch; the stream fills it from the next epoch
     schedule.lag = 0  # with "epoch": 1 to change the rate one epoch late, as DeiT's trainer does
     schedule.warmup_epochs = 5.0  # length of the warm-up
     schedule.warmup_lr = 1e-6  # at step 0

@@ -44,6 +44,7 @@ def network(config: ConfigDict, name: str) -> None:
 def deit(config: ConfigDict) -> None:
     """DeiT's recipe (arXiv 2012.12877, its `main.py`), on which PVT, PiT and ResT were trained: 300 epochs."""
     config.batch_size = 1024
+    config.mix.groups = 8  # the authors' GPUs
     config.epochs = 300.0
     config.model.drop_path_rate = 0.1
     config.optim.lr, config.optim.lr_batch, config.optim.weight_decay = 5e-4, 512, 0.05
@@ -91,11 +92,18 @@ def adapt(config: ConfigDict, chosen: dict) -> ConfigDict:
 def finetune(config: ConfigDict) -> None:
     """The same data at another size: DeiT's 384 recipe (its `README_deit.md`), 30 epochs at a constant 5e-6."""
     config.batch_size = 512
+    config.mix.groups = 16
     config.epochs = 30.0
-    config.model.drop_path_rate = 0.0  # the official code leaves the network in evaluation mode
+    evaluation_mode(config)
     config.optim.lr, config.optim.lr_batch, config.optim.weight_decay = 5e-6, 512, 1e-8
     config.schedule.min_lr = 5e-6
     config.schedule.cooldown_epochs = 0.0
+
+
+def evaluation_mode(config: ConfigDict) -> None:
+    """The network is trained in evaluation mode, where the official code leaves it: nothing drops, statistics stay."""
+    config.model.drop_rate = config.model.drop_path_rate = config.model.token_drop_rate = 0.0
+    config.model.freeze_statistics = True
 
 
 def transfer(config: ConfigDict) -> None:
@@ -119,7 +127,7 @@ def probe(config: ConfigDict) -> None:
     """Other data, a linear probe: only the head is trained, with SGD without decay; 100 epochs."""
     transfer(config)
     config.epochs = 100.0
-    config.model.drop_path_rate = 0.0
+    evaluation_mode(config)
     config.optim.lr, config.optim.weight_decay = 0.1, 0.0
     config.optim.lr_rules = (("^head", 1.0), (".*", 0.0))
     config.schedule.min_lr = 0.0

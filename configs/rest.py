@@ -3,7 +3,8 @@
     python main.py --config=configs/rest.py:base --workdir=runs/rest_base
 
 Variants and published top-1: lite 77.2, small 79.6, base 81.6, large 83.6. 187,500 steps of 2048 images (large: 200,100
-of 1920); the authors used 8 GPUs. Warm-up and final rate grow with the batch too. Options, all with
+of 1920); the authors used 8 GPUs, so their batch norm saw 256 images (large: 240) at a time; here it sees the whole
+batch. Warm-up and final rate grow with the batch too. Options, all with
 `--config.init=WEIGHTS`: `,finetune=384` (the authors' recipe), `,transfer=224` and `,probe=224` for other data.
 """
 
@@ -25,7 +26,6 @@ def get_config(text: str = "small") -> ConfigDict:
     config.schedule.scale_ends = True
     recipes.adapt(config, chosen)
     if "finetune" in chosen:  # 8 GPUs with 128 images, no warm-up
-        config.batch_size = 1024
-        config.model.drop_path_rate = VARIANTS[variant]
+        config.batch_size, config.mix.groups = 1024, 8
         config.schedule.name, config.schedule.warmup_epochs = "constant", 0.0
     return config

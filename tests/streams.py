@@ -46,7 +46,9 @@ def make_config(data_dir="", **keys):
     data |= {"image_size": 8, "crop_scale": (0.3, 1.0), "crop_ratio": (3 / 4, 4 / 3), "flip": 0.5, "eval_crop": 0.875}
     data |= {"threads": 2, "workers": 0, "repeats": 0, "on_corrupt": "error", "auto_augment": ""}
     data |= {"interpolation": "bicubic", "eval_interpolation": "bicubic", "color_jitter": 0.0, "crop_padding": 0}
-    config = ConfigDict({"seed": 3, "batch_size": 8, "eval": {"batch_size": 8}, "data": data}, type_safe=False)
+    config = ConfigDict(
+        {"seed": 3, "batch_size": 8, "eval": {"batch_size": 8}, "data": data, "mix": {"groups": 1}}, type_safe=False
+    )
     config.update_from_flattened_dict(keys)
     return config
 

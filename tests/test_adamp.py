@@ -1,4 +1,4 @@
-"""AdamP beside timm's, step by step (goldens/make_adamp.py)."""
+"""AdamP beside timm's, step by step (goldens/make_adamp.py; at these gradients all versions of timm agree)."""
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +74,22 @@ def test_the_golden_has_all_three_cases():
             if name.startswith("whole"):
                 assert along_rows > 1e-4
                 assert abs((moved * weight).sum()) < 1e-8
+
+
+@pytest.mark.parametrize(("scale", "cosine", "projected"), [(1e-8, 0.35, True), (1e-8, 0.4, False), (1.0, 0.3, False)])
+def test_epsilon_is_added_to_each_norm(scale, cosine, projected):
+    """timm 0.3.4's cosine, of a row of 9 numbers: |g.w| / (|g| + eps) / (|w| + eps) against 0.1 / 3.
+
+    With `|g| = scale`, `eps = 1e-7` and `|w| = 1` it is the true one times 1 / 11 for the small gradient.
+    """
+    eps, weight = 1e-7, np.eye(1, 9)
+    grad = scale * (cosine * np.eye(1, 9) + np.sqrt(1 - cosine**2) * np.eye(1, 9, 1))
+    with jax.enable_x64(True):
+        tx = scale_by_adamp(0.9, 0.999, eps, 0.0, decayed)
+        params = {"fc": {"kernel": jnp.asarray(weight.T)}}
+        step, _ = tx.update({"fc": {"kernel": jnp.asarray(grad.T)}}, tx.init(params), params)
+    along = float((step["fc"]["kernel"].T @ weight.T.ravel())[0])
+    assert (abs(along) < 1e-6) == projected
 
 
 @pytest.mark.parametrize("name", ["blocks", "stage1"])

@@ -82,7 +82,7 @@ def test_command(data_dir, capsys):
         ([], "expected --config=FILE"),
         (["--config=configs/none.py"], "configs/none.py"),
         (["--config=configs/pvt.py:huge"], "huge"),
-        (["--config=configs/quickstart.py", "--config.data.nme=x"], "no key 'nme'"),
+        (["--config=configs/quickstart.py", "--config.data.nme=x"], "no key 'data.nme'"),
         (["--config=configs/quickstart.py", "--config.batch_size=x"], "batch_size"),
         (["--config=configs/quickstart.py", "--chip=3"], "no such argument: --chip"),
         (["--config=configs/quickstart.py", "more"], "unexpected arguments ['more']"),

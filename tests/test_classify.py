@@ -71,6 +71,38 @@ def test_second_head_learns_from_the_teacher_and_the_first_from_the_labels(monke
     assert metrics["loss"] == pytest.approx(float(sum(losses)) / 2, rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["rest_micro", "regnety_micro"])
+def test_frozen_statistics(name):
+    """Batch norm as in evaluation, its statistics the same to the bit; dropout is that of training."""
+    config = quickstart.get_config("rest")
+    config.model.name, config.model.drop_path_rate, config.model.freeze_statistics = name, 0.0, True
+    images = jax.random.normal(jax.random.key(0), (4, 32, 32, 3))
+
+    def outputs(train):
+        model, rngs = make_task(config).model, {"dropout": jax.random.key(2)}
+        variables = jax.jit(model.init)(jax.random.key(1), images)
+        variables["batch_stats"] = jax.tree.map(lambda x: x + 0.01, variables["batch_stats"])
+        logits, updated = jax.jit(lambda v: model.apply(v, images, train=train, rngs=rngs, mutable=["batch_stats"]))(
+            variables
+        )
+        jax.tree.map(np.testing.assert_array_equal, updated["batch_stats"], variables["batch_stats"])
+        return np.asarray(logits)
+
+    np.testing.assert_array_equal(outputs(True), outputs(False))
+    config.model.drop_rate = 0.5
+    assert np.abs(outputs(True) - outputs(False)).max() > 0.01
+    config.model.freeze_statistics = False
+    with pytest.raises(AssertionError):
+        outputs(True)
+
+
+def test_dropout_of_the_token_module_can_be_turned_off():
+    config = quickstart.get_config("t2t_vit")
+    assert make_task(config).model.token_drop_rate == 0.1
+    config.model.token_drop_rate = 0.0
+    assert make_task(config).model.token_drop_rate == 0
+
+
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
     """A folder of weights of deit_micro for 4 classes at 48 x 48, and these."""

@@ -66,6 +66,24 @@ def test_every_numeric_key_has_a_rule():
     assert numeric <= set(rules)
 
 
+def test_every_numeric_rule_has_two_finite_ends():
+    flat = configs.flatten(base.get_config())
+    rules = configs.RULES | TASKS[flat["task"]].RULES
+    for key, value in flat.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            assert rules[key].holds(value), key
+            for bad in (float("inf"), -float("inf"), 1e300, float("nan")):
+                assert not rules[key].holds(bad), key
+            assert re.search(r"(at least|more than) \S+ and (at most|less than) \d", rules[key].expected), key
+
+
+def test_evaluation_of_a_distilled_network_needs_no_teacher():
+    config = shipped("pit", ("s,setting=distill",))
+    configs.validate(config, base.get_config(), 8, evaluation=True)
+    with pytest.raises(configs.ConfigError, match=r"distill.teacher = ''"):
+        configs.validate(config, base.get_config(), 8)
+
+
 def test_every_key_has_a_comment():
     source = Path(base.__file__).read_text()
     for key in configs.flatten(base.get_config()):
@@ -84,6 +102,8 @@ def test_every_key_has_a_comment():
         ("model.name", "pvt_smal", "list_models"),
         ("optim.accumulate", 3, "a multiple of it times the 8 devices"),
         ("model.dtype", "float16", "bfloat16"),
+        ("mix.groups", 3, "batch_size = 64 to be a multiple of twice as many"),
+        ("mix.groups", 64, "batch_size = 64 to be a multiple of twice as many"),
         ("mesh.fsdp", 3, "a divisor of the 8 devices"),
         ("model.scan", True, "model.remat = True"),
         ("schedule.warmup_epochs", 50.0, "at most epochs"),
@@ -91,6 +111,19 @@ def test_every_key_has_a_comment():
         ("ema.decay", 1.0, "less than 1"),
         ("data.image_size", 16, "at least 32"),
         ("optim.lr", float("nan"), "more than 0"),
+        ("optim.lr", float("inf"), "at most 100"),
+        ("epochs", 1e308, "at most 100,000"),
+        ("eval.every_epochs", float("inf"), "at most 100,000"),
+        ("checkpoint.every_epochs", float("inf"), "at most 100,000"),
+        ("data.color_jitter", float("inf"), "at least 0 and at most 10"),
+        ("data.eval_crop", 0.001, "at least 0.1 and at most 1"),
+        ("data.image_size", 100_000, "at least 32 and at most 4,096"),
+        ("data.threads", 100_000, "at most 1,024"),
+        ("data.auto_augment", "foo", "3a"),
+        ("data.std", (1.0, 1.0, float("inf")), "three numbers"),
+        ("batch_size", 8 * 10**10, "at most 1,048,576"),
+        ("distill.model", "nonsense", "list_models"),
+        ("optim.lr_rules", ((".*", float("inf")),), "at most 1,000,000"),
     ],
 )
 def test_impossible_values_name_key_value_and_expectation(key, value, expected):
@@ -106,6 +139,7 @@ def test_unknown_missing_and_mistyped_keys():
     config = quickstart.get_config()
     with config.unlocked(), config.ignore_type():
         config.optim.nesterov = 0.9
+        config.optim.wieght_decay = 0.1
         config.optim.lr = "fast"
         config.model.remat = 1
         del config["seed"]
@@ -113,6 +147,7 @@ def test_unknown_missing_and_mistyped_keys():
         configs.validate(config, base.get_config(), 8)
     for line in (
         "optim.nesterov = 0.9: no such key",
+        "optim.wieght_decay = 0.1: no such key; did you mean optim.weight_decay?",
         "optim.lr = 'fast': expected a number",
         "model.remat = 1: expected True or False",
         "seed: missing",

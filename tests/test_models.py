@@ -97,7 +97,7 @@ def test_vectors_and_what_the_family_spares_are_not_decayed(name):
     mask = flat(decay_mask(params, model.no_weight_decay))
     for path, leaf in flat(params).items():
         assert mask[path] == (leaf.ndim > 1 and path.split("/")[-1] not in model.no_weight_decay), path
-    assert all(any(path.endswith(last) for path in mask) for last in model.no_weight_decay if last != "dist_token")
+    assert all(any(path.endswith(last) for path in mask) for last in model.no_weight_decay)
 
 
 @named
@@ -144,7 +144,7 @@ def test_images_too_small_or_without_batch_are_refused(kind):
     least = model.least_side
     assert least == {"pvt": 32, "pit": 16, "t2t": 3, "deit": 16}.get(kind, 1)
     for shape in [(1, least - 1, 64, 3), (1, 64, least - 1, 3), (64, 64, 3)]:
-        message = f"images have shape {shape}, expected [B, H, W, C] with H and W at least {least}"
+        message = f"images have shape {shape}, expected [B, H, W, 3] with H and W at least {least}"
         with pytest.raises(ValueError, match=re.escape(message)):
             jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(shape))
 

@@ -3,7 +3,6 @@
 import logging
 import math
 import time
-from collections import Counter
 
 import grain
 import numpy as np
@@ -28,7 +27,7 @@ def damaged(count, indices):
 
 
 def official_epoch(permutation, ranks, batch_size):
-    """`RASampler` of DeiT, PVT and ResT, and the DataLoader with drop_last: the examples of each global batch."""
+    """`RASampler` of DeiT, PVT and ResT, and the DataLoader with drop_last: each rank's examples of each batch."""
     size = len(permutation)
     indices = [index for index in permutation for _ in range(3)]
     total = math.ceil(size * 3 / ranks) * ranks
@@ -36,22 +35,22 @@ def official_epoch(permutation, ranks, batch_size):
     drawn = [indices[rank:total:ranks][: size // 256 * 256 // ranks] for rank in range(ranks)]
     each = batch_size // ranks
     steps = len(drawn[0]) // each
-    return [Counter(i for one in drawn for i in one[k * each : (k + 1) * each]) for k in range(steps)]
+    return [[one[k * each : (k + 1) * each] for one in drawn] for k in range(steps)]
 
 
 @pytest.mark.parametrize("ranks", [1, 4, 8])
 def test_repeats_draw_what_the_official_sampler_draws(ranks):
     size, batch_size = 600, 64
-    config = make_config(batch_size=batch_size, **{"data.repeats": 3})
+    config = make_config(batch_size=batch_size, **{"data.repeats": 3, "mix.groups": ranks})
     batches = take(make_train(config, memory(size)), 27)  # three epochs of nine steps
     order = grain.MapDataset.range(size).seed(3).shuffle().repeat()
     for epoch in range(3):
         permutation = [order[epoch * size + i] for i in range(size)]
         official = official_epoch(permutation, ranks, batch_size)
         assert len(official) == 8  # its epoch ends at 512 = 2 * 256 draws, ours at 9 * 64
-        ours = [Counter(batch["label"].tolist()) for batch in batches[9 * epoch : 9 * (epoch + 1)]]
+        ours = [batch["label"].reshape(ranks, -1).tolist() for batch in batches[9 * epoch : 9 * (epoch + 1)]]
         assert ours[:8] == official
-        assert len(set().union(*ours)) == 9 * 64 / 3  # the distinct examples of an epoch
+        assert len(np.unique(ours)) == 9 * 64 / 3  # the distinct examples of an epoch
 
 
 def test_copies_stand_side_by_side_and_differ():
@@ -65,6 +64,20 @@ def test_copies_stand_side_by_side_and_differ():
 def test_no_repeats(repeats):
     config, source = make_config(**{"data.repeats": repeats}), memory(13)
     assert_same(take(make_train(config, source), 3), take(make_train(make_config(), source), 3))
+
+
+def test_copies_are_dealt_out_to_groups():
+    config = make_config(batch_size=48, **{"data.repeats": 3})
+    [plain] = take(make_train(config, memory(50)), 1)
+    config.mix.groups = 8
+    batches = take(make_train(config, memory(50)), 2)
+    np.testing.assert_array_equal(np.sort(batches[0]["label"]), np.sort(plain["label"]))
+    assert all(len(set(group)) == 6 for batch in batches for group in batch["label"].reshape(8, 6))
+    shares = [take(make_train(config, memory(50), 0, host, 2), 2) for host in range(2)]
+    assert_same(side_by_side(shares), batches)
+    config.mix.groups = 7
+    with pytest.raises(ValueError, match=r"^mix\.groups: 7 is no divisor of batch_size = 48"):
+        make_train(config, memory(50))
 
 
 def test_repeats_need_a_batch_in_an_epoch():

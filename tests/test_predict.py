@@ -296,6 +296,12 @@ def test_a_run_is_cut_as_it_was_evaluated(network, weights, photos, tmp_path, ca
     image.save(tmp_path / "cut.png")
     probability = plain(network, tmp_path / "cut.png", crop=1.0).max()
     assert json.loads(out)["top"][0]["probability"] == pytest.approx(probability, rel=1e-4)
+    config["data"] |= {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    (run / "config.json").write_text(json.dumps(config))
+    found = module.evaluation_of(str(run), VARIANT)
+    assert (found.mean, found.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    _, out, _ = command(capsys, photos / "a.png", f"--checkpoint={run}", "--json", "--top=1")
+    assert json.loads(out)["top"][0]["probability"] != pytest.approx(probability, rel=1e-4)
     del config["data"]["eval_interpolation"]  # of a run before there was this key
     (run / "config.json").write_text(json.dumps(config))
     assert module.evaluation_of(str(run), VARIANT).interpolation == "bicubic"

@@ -53,6 +53,40 @@ def test_images_and_targets_are_mixed_alike(mode, mixup, cutmix, size=7):
             assert len(np.unique(share)) == (size if mode == "elem" else -(-size // 2))
 
 
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+def test_groups_are_mixed_by_themselves(mode):
+    """Partners are of the same group, and groups draw independently."""
+    config = config_of(**{"mix.mixup": 0.8, "mix.mode": mode, "mix.groups": 8}).mix
+    images, targets = batch_of(24)
+    key = jax.random.key(0)
+    weights, share = map(np.asarray, prepare.draw_mix(key, 24, 12, 10, config))
+    mixed, mixed_targets = prepare.mix(key, images, targets, config)
+    for group in range(8):
+        rows = slice(3 * group, 3 * group + 3)
+        w, s = weights[rows, ..., None], share[rows, None]
+        np.testing.assert_allclose(mixed[rows], w * images[rows] + (1 - w) * images[rows][::-1], rtol=1e-6, atol=1e-4)
+        np.testing.assert_allclose(mixed_targets[rows], s * targets[rows] + (1 - s) * targets[rows][::-1], atol=1e-6)
+        assert len(np.unique(share[rows])) == {"batch": 1, "pair": 2, "elem": 3}[mode]
+        if mode != "elem":
+            np.testing.assert_array_equal(weights[rows], weights[rows][::-1])
+    assert len(np.unique(share)) == {"batch": 8, "pair": 16, "elem": 24}[mode]
+
+
+@pytest.mark.parametrize("groups", [8, 16])
+def test_groups_stay_on_their_devices(groups):
+    """No row is sent between devices; with one group rows are."""
+
+    def text(groups):
+        config = config_of(**{"mix.mixup": 0.8, "mix.cutmix": 1.0, "mix.groups": groups}).mix
+        rows = jax.device_put(batch_of(32), batch_sharding(make_mesh(2)))
+        mix = jax.jit(lambda key, *rows: prepare.mix(key, *rows, config), out_shardings=rows[0].sharding)
+        return mix.lower(jax.random.key(0), *rows).compile().as_text()
+
+    moves = ("collective-permute", "all-to-all", "all-gather")
+    assert not any(move in text(groups) for move in moves)
+    assert any(move in text(1) for move in moves)
+
+
 def test_pixels_are_rounded_when_they_are_not_normalised_yet():
     config = config_of(**{"mix.mixup": 0.8}).mix
     images, targets = batch_of(dtype=np.uint8)

@@ -22,6 +22,8 @@ DEIT = {
     "epochs": 300.0,
     "model.drop_rate": 0.0,
     "model.drop_path_rate": 0.1,
+    "model.token_drop_rate": 0.1,
+    "model.freeze_statistics": False,
     "data.image_size": 224,
     "data.crop_scale": [0.08, 1.0],
     "data.crop_ratio": [3 / 4, 4 / 3],
@@ -32,6 +34,7 @@ DEIT = {
     "data.repeats": 3,
     "data.eval_crop": 0.875,
     "data.eval_interpolation": "bicubic",
+    "mix.groups": 8,
     "mix.mixup": 0.8,
     "mix.cutmix": 1.0,
     "mix.prob": 1.0,
@@ -56,6 +59,7 @@ DEIT = {
     "schedule.name": "cosine",
     "schedule.per": "epoch",
     "schedule.lag": 1,
+    "schedule.round_up": False,
     "schedule.warmup_epochs": 5.0,
     "schedule.warmup_lr": 1e-6,
     "schedule.min_lr": 1e-5,
@@ -183,21 +187,29 @@ def test_learning_rate_is_timms_in_every_epoch(text):
 def test_finetuning_and_transfer():
     config = recipe("deit:base,finetune=384")
     assert (config.data.image_size, config.epochs, config.optim.weight_decay) == (384, 30.0, 1e-8)
+    assert (config.batch_size, config.mix.groups) == (512, 16)
     assert peak_lr(config) == pytest.approx(5e-6)
-    assert config.model.drop_path_rate == 0
     schedule = make_schedule(config, Horizon.of(config, IMAGENET))
     assert float(schedule(2502 * 20)) == pytest.approx(5e-6, rel=1e-6)
 
     config = recipe("rest:base,finetune=384")
+    assert (config.batch_size, config.mix.groups) == (1024, 8)
     schedule = make_schedule(config, Horizon.of(config, IMAGENET))
     assert [float(schedule(1251 * epoch)) for epoch in (0, 29)] == pytest.approx([1e-5, 1e-5])
 
+    for text in ("pvt:tiny,finetune=384", "rest:large,finetune=384", "t2t_vit:14,finetune=384", "t2t_vit:7,probe=224"):
+        model = recipe(text).model
+        rates = model.drop_rate, model.drop_path_rate, model.token_drop_rate
+        assert (rates, model.freeze_statistics) == ((0, 0, 0), True), text
+
     config = recipe("t2t_vit:14,transfer=224,data=cifar10")
+    assert (config.model.token_drop_rate, config.model.freeze_statistics) == (0.1, False)
     assert (config.data.name, config.data.crop_padding, config.data.eval_crop) == ("cifar10", 28, 1.0)
     assert config.data.mean == (0.4914, 0.4822, 0.4465)
     assert config.data.interpolation == config.data.eval_interpolation == "bilinear"
     assert (config.optim.name, config.optim.lr, config.optim.weight_decay, config.epochs) == ("sgd", 0.05, 5e-4, 60.0)
     horizon = Horizon.of(config, 50_000)
+    assert (horizon.steps_per_epoch, horizon.total_steps) == (782, 60 * 782)  # the last batch of 16 counts
     for factor, ends in ((1.0, (0.05, 2e-4)), (0.01, (5e-4, 2e-4))):  # torch's CosineAnnealingLR, T_max 60
         schedule = make_schedule(config, horizon, factor)
         t = np.arange(60)

@@ -237,7 +237,7 @@ def test_command_makes_a_table_of_all_models(monkeypatch, capsys):
         (["--model=pvt_tinny"], "unknown model 'pvt_tinny'; expected one of list_models(), such as pvt_tiny"),
         (["--model=pvt_tiny", "--size=384,512"], "'384,512' is not a size, expected HEIGHTxWIDTH or SIDE"),
         (["--model=pvt_tiny", "--size=0x32"], "'0x32' is not a size"),
-        (["--model=pvt_tiny", "--size=31"], "(1, 31, 31, 3), expected [B, H, W, C] with H and W at least 32"),
+        (["--model=pvt_tiny", "--size=31"], "(1, 31, 31, 3), expected [B, H, W, 3] with H and W at least 32"),
         ([], "one of the arguments --model --all is required"),
         (["--model=pvt_tiny", "--all"], "not allowed with"),
         (["--model=pvt_tiny", "--markdown"], "expected --all"),

@@ -3,7 +3,7 @@
 import grain
 
 
-def train_order(size: int, seed: int, batch_size: int, repeats: int) -> grain.MapDataset:
+def train_order(size: int, seed: int, batch_size: int, repeats: int, groups: int = 1) -> grain.MapDataset:
     """The endless order of training: element t is the index of the example in row t mod B of batch t div B.
 
     It is a random permutation of the split, then another one, and so on. With `repeats` > 1 it is repeated augmentation
@@ -14,9 +14,12 @@ def train_order(size: int, seed: int, batch_size: int, repeats: int) -> grain.Ma
       seed: `config.seed`.
       batch_size: global, B.
       repeats: copies of an example; 0 or 1 for none.
+      groups: runs of rows of a batch that stand for the processes of the official code, to which copies are dealt out;
+        without copies they change nothing.
 
     Raises:
-      ValueError: `repeats` > 1 and B > N: an epoch of floor(N / B) steps would have none.
+      ValueError: `repeats` > 1 and B > N: an epoch of floor(N / B) steps would have none; or B is no multiple of
+        `groups`.
     """
     order = grain.MapDataset.range(size).seed(seed).shuffle().repeat()
     if repeats <= 1:
@@ -25,7 +28,9 @@ def train_order(size: int, seed: int, batch_size: int, repeats: int) -> grain.Ma
         raise ValueError(
             f"data.repeats: {repeats} needs a batch_size of at most the {size} examples, not {batch_size}."
         )
-    return _Repeated(order, size, repeats, size // batch_size * batch_size)
+    if batch_size % groups:
+        raise ValueError(f"mix.groups: {groups} is no divisor of batch_size = {batch_size}.")
+    return _Repeated(order, size, repeats, batch_size, groups)
 
 
 class HostRows(grain.MapDataset):
@@ -69,22 +74,25 @@ def host_rows(key: str, batch_size: int, process_index: int, process_count: int)
 class _Repeated(grain.MapDataset):
     """The first `draws` elements of each permutation with every one `repeats` times in a row.
 
-    Epoch e has `draws` = floor(N / B) * B rows. Row q of it is element q div `repeats` of the e-th permutation, whose
+    Epoch e has `draws` = floor(N / B) * B rows. Draw q of it is element q div `repeats` of the e-th permutation, whose
     rest is not seen in this epoch. So an epoch has as many steps as without repeats and sees ceil(draws / repeats)
-    examples, about a third of the split with three copies. Copies are in neighbouring rows, all of them in one batch
-    but for the example at its end: where `repeats` does not divide B, some of its copies come first in the next batch.
+    examples, about a third of the split with three copies. Copies are neighbouring draws, all of them in one batch but
+    for the example at its end: where `repeats` does not divide B, some of its copies come first in the next batch.
 
-    This is what the official sampler gives, batch for batch as sets: there rank r of R takes the elements r, r + R, ...
-    so that R ranks together draw a run of B elements at each step. Its epoch ends at floor(N / 256) * 256, ours with
-    the last whole batch. The official code deals the copies out to ranks; here neighbouring rows are on the same host,
-    and the batch is the same one for any number of hosts.
+    A batch's draws are dealt out to its `groups` runs of rows, draw q to run q mod `groups`, so that copies are mixed
+    with other images and never with each other. With one group row q is draw q.
+
+    This is what the official sampler gives, row for row: there rank r of R takes the elements r, r + R, ... which are
+    the rows of run r here. Its epoch ends at floor(N / 256) * 256, ours with the last whole batch. The batch is the
+    same one for any number of hosts.
     """
 
-    def __init__(self, parent: grain.MapDataset, size: int, repeats: int, draws: int):
+    def __init__(self, parent: grain.MapDataset, size: int, repeats: int, batch_size: int, groups: int):
         super().__init__(parent)
         self._size = size
         self._repeats = repeats
-        self._draws = draws
+        self._batch_size = batch_size
+        self._groups = groups
 
     def __len__(self) -> int:
         return len(self._parent)
@@ -92,5 +100,8 @@ class _Repeated(grain.MapDataset):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return self.slice(index)
-        epoch, row = divmod(index, self._draws)
-        return self._parent[epoch * self._size + row // self._repeats]
+        step, row = divmod(index, self._batch_size)
+        epoch, step = divmod(step, self._size // self._batch_size)
+        group, place = divmod(row, self._batch_size // self._groups)
+        draw = step * self._batch_size + place * self._groups + group
+        return self._parent[epoch * self._size + draw // self._repeats]

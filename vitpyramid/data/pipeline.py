@@ -39,8 +39,8 @@ def make_train(
     last one drawn, also within a permutation. `data.repeats` changes that, see `vitpyramid.data.order`.
 
     Host h holds the rows [h * b, (h + 1) * b) of each global batch: side by side the hosts' batches are the batch that
-    one host would have. Batch k depends on `config.seed`, `data.repeats` and k alone, not on the number of hosts,
-    threads or workers, nor on where the stream was entered; `start_step` costs the same wherever it lies.
+    one host would have. Batch k depends on `config.seed`, `data.repeats`, `mix.groups` and k alone, not on the number
+    of hosts, threads or workers, nor on where the stream was entered; `start_step` costs the same wherever it lies.
 
     With `data.on_corrupt` "skip", an example that cannot be read is replaced by the next one of the split that can, as
     a function of its index alone, so all of the above holds as long as the same files can be read.
@@ -50,9 +50,9 @@ def make_train(
     decoded image a thread. With workers, each has so many threads, and some 100 MiB of its own.
 
     Args:
-      config: reads `seed`, `batch_size` (global) and, in `data`, what `augment.from_config` reads, `repeats`,
-        `on_corrupt` ("error" or "skip"), `threads` and `workers`. With `workers` > 0 the calling program needs
-        `if __name__ == "__main__":`, since the workers are spawned.
+      config: reads `seed`, `batch_size` (global), `mix.groups` and, in `data`, what `augment.from_config` reads,
+        `repeats`, `on_corrupt` ("error" or "skip"), `threads` and `workers`. With `workers` > 0 the calling program
+        needs `if __name__ == "__main__":`, since the workers are spawned.
       source: see `open_source`.
       start_step: first batch to return; a resumed run passes its step.
       process_index: this host.
@@ -75,7 +75,7 @@ def make_train(
     )
     # random_map hands out a generator keyed by the position in the endless stream, so an image is cropped anew in each
     # epoch and each copy. It must come before the choice of the host's rows, which renumbers positions.
-    order = train_order(len(source), config.seed, config.batch_size, config.data.repeats)
+    order = train_order(len(source), config.seed, config.batch_size, config.data.repeats, config.mix.groups)
     mine = HostRows(order.random_map(load), rows, process_index, process_count, start_step)
     return BatchIterator(mine, rows, config.data.threads, config.data.workers, endless=True)
 

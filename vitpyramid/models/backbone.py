@@ -131,7 +131,8 @@ class Backbone(nn.Module, kw_only=True):
         `batch_stats` must be mutable.
 
         Raises:
-          ValueError: images of another rank, or a side less than `least_side`.
+          ValueError: images of another rank, of other than three channels, of integers, or a side less than
+            `least_side`.
         """
         return self.head(self.norm(self.encode(images, train)[1]))
 
@@ -146,11 +147,13 @@ class Backbone(nn.Module, kw_only=True):
 
     @nn.nowrap
     def check_images(self, images: jax.Array) -> None:
-        """Raises `ValueError` for images that are not `[B, H, W, C]` or smaller than `least_side`."""
-        if images.ndim != 4 or min(images.shape[1:3]) < self.least_side:
+        """Raises `ValueError` for images that are no floats `[B, H, W, 3]`, or smaller than `least_side`."""
+        if images.ndim != 4 or images.shape[-1] != 3 or min(images.shape[1:3]) < self.least_side:
             raise ValueError(
-                f"images have shape {images.shape}, expected [B, H, W, C] with H and W at least {self.least_side}"
+                f"images have shape {images.shape}, expected [B, H, W, 3] with H and W at least {self.least_side}"
             )
+        if not jnp.issubdtype(images.dtype, jnp.floating):  # they would give logits, of nothing
+            raise ValueError(f"images are {images.dtype}, expected normalised floats")
 
     @nn.nowrap
     def drop_paths(self, train: bool) -> list[float]:

@@ -2,6 +2,9 @@
 
 import dataclasses
 import difflib
+import numbers
+
+import jax.numpy as jnp
 
 from vitpyramid.models import pit, pvt, regnet, rest, t2t_vit, vit
 from vitpyramid.models.backbone import Backbone, Variant
@@ -36,12 +39,49 @@ def create_model(name: str, **overrides) -> Backbone:
       `model.apply(variables, images, method="features")` gives a tuple of `Level`, finest first.
 
     Raises:
-      ValueError: unknown `name`.
+      ValueError: unknown `name`; an option that every family has with a value that none can have.
       TypeError: an override that the family does not have.
     """
     model = get_variant(name).model
     fields = [f.name for f in dataclasses.fields(model) if f.name not in ("name", "parent")]
-    for key in overrides:
+    for key, value in overrides.items():
         if key not in fields:
             raise TypeError(f"{name} has no option {key!r}; expected one of {', '.join(fields)}")
+        allows, expected = _OPTIONS.get(key, (None, ""))
+        if allows and not allows(value):
+            raise ValueError(f"{key} = {value!r}: expected {expected}")
     return model.clone(**overrides)
+
+
+def _is_count(value) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1
+
+
+def _is_rate(value) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= value < 1
+
+
+def _is_size(value) -> bool:
+    return _is_count(value) or (isinstance(value, (tuple, list)) and len(value) == 2 and all(map(_is_count, value)))
+
+
+def _is_float_type(value) -> bool:
+    try:
+        return value is not None and jnp.issubdtype(jnp.dtype(value), jnp.floating)
+    except TypeError:
+        return False
+
+
+_RATE = _is_rate, "a number of at least 0 and less than 1"
+_FLAG = lambda value: isinstance(value, bool), "True or False"
+_OPTIONS = {
+    "num_classes": (_is_count, "an integer of at least 1"),
+    "image_size": (_is_size, "a side in pixels, or (height, width)"),
+    "drop_rate": _RATE,
+    "token_drop_rate": _RATE,
+    "drop_path_rate": _RATE,
+    "remat": _FLAG,
+    "scan": _FLAG,
+    "freeze_statistics": _FLAG,
+    "dtype": (_is_float_type, "a floating type, such as jnp.bfloat16"),
+}

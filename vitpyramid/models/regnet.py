@@ -108,12 +108,14 @@ class RegNetY(Backbone):
       depths, dims: blocks and width of each stage.
       group_width: channels of a group in the 3x3 convolutions; divides every width.
       stem_dim: width of the stem, at stride 2.
+      freeze_statistics: batch norm keeps to its running statistics in training.
     """
 
     depths: tuple[int, ...]
     dims: tuple[int, ...]
     group_width: int
     stem_dim: int = 32
+    freeze_statistics: bool = False
 
     signature = "s1/b1/conv1/conv/kernel"
     strides = (4, 8, 16, 32)
@@ -140,10 +142,11 @@ class RegNetY(Backbone):
                 f"scan={self.scan}, drop_path_rate={self.drop_path_rate}: expected False and 0, RegNetY has neither"
             )
         block = nn.remat(Bottleneck) if self.remat else Bottleneck
-        x = ConvNorm(self.stem_dim, 3, 2, 1, True, train, self.dtype, name="stem")(images.astype(self.dtype))
+        of_batch = train and not self.freeze_statistics
+        x = ConvNorm(self.stem_dim, 3, 2, 1, True, of_batch, self.dtype, name="stem")(images.astype(self.dtype))
         levels = []
         for s, (depth, dim) in enumerate(zip(self.depths, self.dims, strict=True), start=1):
-            x = Bottlenecks(block, depth, dim, self.group_width, train, self.dtype, name=f"s{s}")(x)
+            x = Bottlenecks(block, depth, dim, self.group_width, of_batch, self.dtype, name=f"s{s}")(x)
             levels.append(Level(x, self.strides[s - 1]))
         drop_rate = self.drop_rate if train else 0.0
         return tuple(levels), Head(self.num_classes, drop_rate, self.dtype, name="head")(x)

@@ -190,6 +190,7 @@ class ResT(Backbone):
     Attributes:
       depths, dims: number of blocks and width of tokens, per stage.
       heads, mlp_ratios, sr_ratios: of the blocks, per stage. Stages of one head have plain softmax attention.
+      freeze_statistics: batch norm keeps to its running statistics in training.
     """
 
     depths: tuple[int, ...]
@@ -197,6 +198,7 @@ class ResT(Backbone):
     heads: tuple[int, ...] = (1, 2, 4, 8)
     mlp_ratios: tuple[int, ...] = (4, 4, 4, 4)
     sr_ratios: tuple[int, ...] = (8, 4, 2, 1)
+    freeze_statistics: bool = False
 
     signature = "patch_embedding_2/conv/kernel"
     strides = (4, 8, 16, 32)
@@ -225,14 +227,15 @@ class ResT(Backbone):
         self.check_images(images)
         drop_rate = self.drop_rate if train else 0.0
         drop_paths = iter(self.drop_paths(train))
+        of_batch = train and not self.freeze_statistics
 
         levels = []
         x = images
         for s, (depth, dim) in enumerate(zip(self.depths, self.dims, strict=True), start=1):
             if s == 1:
-                x = Stem(dim, train, self.dtype, name="stem")(x)
+                x = Stem(dim, of_batch, self.dtype, name="stem")(x)
             else:
-                x = PatchEmbed(dim, train, self.dtype, name=f"patch_embedding_{s}")(x)
+                x = PatchEmbed(dim, of_batch, self.dtype, name=f"patch_embedding_{s}")(x)
             b, *grid, _ = x.shape
             grid = tuple(grid)
             x = shard_batch(x.reshape(b, -1, dim))  # [B, h * w, C]

@@ -50,7 +50,7 @@ class ViT(DistilledBackbone):
     mlp_ratio: float = 4.0
 
     signature = "patch_embed/proj/kernel"
-    no_weight_decay = ("pos_embed", "cls_token", "dist_token")
+    no_weight_decay = ("pos_embed", "cls_token")  # the distillation token is decayed, as officially
 
     @property
     def stages(self) -> tuple[Stage, ...]:

@@ -13,60 +13,67 @@ from clu import metrics as clu_metrics
 from ml_collections import ConfigDict
 
 from vitpyramid import data
+from vitpyramid.data import policies
 from vitpyramid.models.registry import create_model, get_variant, list_models
 from vitpyramid.models.stack import stack_blocks
 from vitpyramid.tasks import prepare as on_device
 from vitpyramid.tasks.metrics import Metrics, Sum
-from vitpyramid.tasks.rules import AT_LEAST_ONE, FRACTION, NOT_NEGATIVE, POSITIVE, PROBABILITY, SHARE, one_of
+from vitpyramid.tasks.rules import BATCH, FRACTION, PROBABILITY, Rule, between, channels, interval, one_of
 from vitpyramid.tasks.task import Batch, ConfigError, Task
 from vitpyramid.weights import load_pretrained
 
 log = logging.getLogger(__name__)
 
-_CHANNELS = (lambda v: len(v) in (0, 3) and all(x > 0 for x in v), "three numbers more than 0, or none")
-
 # Every numeric key has a rule (a test checks it).
 RULES = {
-    "model.name": (lambda v: v in list_models(), "one of vitpyramid.list_models()"),
-    "model.num_classes": NOT_NEGATIVE,
+    "model.name": Rule(lambda v: v in list_models(), "one of vitpyramid.list_models()"),
+    "model.num_classes": between(0, 10**6),
     "model.drop_rate": FRACTION,
     "model.drop_path_rate": FRACTION,
+    "model.token_drop_rate": FRACTION,
     "model.dtype": one_of("bfloat16", "float32"),
-    "data.image_size": (lambda v: v >= 32, "at least 32"),
-    "data.crop_scale": (lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1, "(low, high) with 0 < low <= high <= 1"),
-    "data.crop_ratio": (lambda v: len(v) == 2 and 0 < v[0] <= v[1], "(low, high) with 0 < low <= high"),
-    "data.crop_padding": NOT_NEGATIVE,
+    "data.image_size": between(32, 4096),
+    "data.crop_scale": interval(1e-4, 1),
+    "data.crop_ratio": interval(0.01, 100),
+    "data.crop_padding": between(0, 4096),
     "data.flip": PROBABILITY,
     "data.interpolation": one_of("bicubic", "bilinear", "random"),
-    "data.color_jitter": NOT_NEGATIVE,
-    "data.repeats": AT_LEAST_ONE,
-    "data.eval_crop": SHARE,
+    "data.auto_augment": Rule(lambda v: policies.parse(v) or not v, policies.EXPECTED),
+    "data.color_jitter": between(0, 10),
+    "data.repeats": between(1, 1000),
+    "data.eval_crop": between(0.1, 1),
     "data.eval_interpolation": one_of("bicubic", "bilinear"),
     "data.on_corrupt": one_of("error", "skip"),
-    "data.mean": _CHANNELS,
-    "data.std": _CHANNELS,
-    "data.threads": AT_LEAST_ONE,
-    "data.workers": NOT_NEGATIVE,
-    "mix.mixup": NOT_NEGATIVE,
-    "mix.cutmix": NOT_NEGATIVE,
+    "data.mean": channels(between(0, 1)),
+    "data.std": channels(between(0, 10, above=True)),
+    "data.threads": between(1, 1024),
+    "data.workers": between(0, 1024),
+    "mix.groups": BATCH,
+    "mix.mixup": between(0, 1000),
+    "mix.cutmix": between(0, 1000),
     "mix.prob": PROBABILITY,
     "mix.switch_prob": PROBABILITY,
     "mix.mode": one_of("batch", "pair", "elem"),
     "erase.prob": PROBABILITY,
     "erase.mode": one_of("pixel", "rand", "const"),
-    "erase.count": AT_LEAST_ONE,
+    "erase.count": between(1, 100),
     "loss.label_smoothing": FRACTION,
+    "distill.model": Rule(lambda v: v in ("", *list_models()), "one of vitpyramid.list_models(), or ''"),
     "distill.kind": one_of("hard", "soft"),
     "distill.alpha": PROBABILITY,
-    "distill.tau": POSITIVE,
+    "distill.tau": between(0, 1000, above=True),
 }
 
 
-def check(config: ConfigDict) -> list[str]:
-    """What keys contradict each other, a line each."""
-    if config.model.name.endswith("_distilled") and not config.distill.teacher:
-        return ["distill.teacher = '': expected a teacher's weights, as the network has a head for it"]
-    return []
+def check(config: ConfigDict, evaluation: bool) -> list[str]:
+    """What keys contradict each other, a line each; `evaluation`: nothing will be trained."""
+    problems = []
+    if config.model.name.endswith("_distilled") and not config.distill.teacher and not evaluation:
+        problems.append("distill.teacher = '': expected a teacher's weights, as the network has a head for it")
+    groups, rows = config.mix.groups, config.batch_size
+    if groups > 1 and rows % (2 * groups):
+        problems.append(f"mix.groups = {groups}: expected batch_size = {rows} to be a multiple of twice as many")
+    return problems
 
 
 def make_task(config: ConfigDict) -> Task:
@@ -224,6 +231,9 @@ def _open_split(config: ConfigDict, split: str) -> data.Source:
 
 def _model(config: ConfigDict) -> nn.Module:
     model = config.model
+    # Of some families only.
+    options = {"token_drop_rate": model.token_drop_rate, "freeze_statistics": model.freeze_statistics}
+    fields = get_variant(model.name).model
     return create_model(
         model.name,
         num_classes=model.num_classes,
@@ -233,6 +243,7 @@ def _model(config: ConfigDict) -> nn.Module:
         remat=model.remat,
         scan=model.scan,
         dtype=jnp.dtype(model.dtype),
+        **{key: value for key, value in options.items() if hasattr(fields, key)},
     )
 
 

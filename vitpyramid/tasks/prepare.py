@@ -63,13 +63,16 @@ class Boxes(NamedTuple):
 
 
 def mix(key: jax.Array, images: jax.Array, targets: jax.Array, config: ConfigDict) -> tuple[jax.Array, jax.Array]:
-    """Mixes every image with its partner, image `i` with image `B - 1 - i`, and their targets alike.
+    """Mixes every image with its partner, image `i` of a group of `n` with image `n - 1 - i`, and their targets alike.
+
+    A group is a run of rows, all that one process of the official code has: it draws and mixes by itself.
 
     Args:
       images: `[B, H, W, C]`, float, or uint8, which is then rounded to whole numbers (in float32).
       targets: `[B, K]`, distributions.
-      config: `mixup` and `cutmix` (alphas of the Beta distributions, 0 is off), `prob`, `switch_prob` and `mode`:
-        "batch" draws once for all, "pair" for `i` and `B - 1 - i` together, "elem" for each image.
+      config: `groups`, which divides B, `mixup` and `cutmix` (alphas of the Beta distributions, 0 is off), `prob`,
+        `switch_prob` and `mode`: "batch" draws once for a group, "pair" for `i` and `n - 1 - i` together, "elem" for
+        each image.
 
     Returns:
       Images, in their dtype if it is a float, and targets.
@@ -80,15 +83,21 @@ def mix(key: jax.Array, images: jax.Array, targets: jax.Array, config: ConfigDic
     weights, share = draw_mix(key, batch, height, width, config)
     wide = at_least_float32(images.dtype)
     weights = weights[..., None].astype(wide)
-    mixed = weights * images.astype(wide) + (1 - weights) * images[::-1].astype(wide)
+    mixed = weights * images.astype(wide) + (1 - weights) * _partners(images, config.groups).astype(wide)
     mixed = jnp.round(mixed) if images.dtype == jnp.uint8 else mixed.astype(images.dtype)
     share = share[:, None].astype(targets.dtype)
-    return mixed, share * targets + (1 - share) * targets[::-1]
+    return mixed, share * targets + (1 - share) * _partners(targets, config.groups)
+
+
+def _partners(rows: jax.Array, groups: int) -> jax.Array:
+    """`[B, ...]` with each of the runs of `B / groups` rows reversed: on one device each, no row leaves it."""
+    return rows.reshape(groups, -1, *rows.shape[1:])[:, ::-1].reshape(rows.shape)
 
 
 def draw_mix(key: jax.Array, batch: int, height: int, width: int, config: ConfigDict) -> tuple[jax.Array, jax.Array]:
     """What of each pixel, `[B, H, W]`, and of each target, `[B]`, stays an image's own."""
-    draws = {"batch": 1, "pair": -(-batch // 2), "elem": batch}[config.mode]
+    size = batch // config.groups
+    draws = config.groups * {"batch": 1, "pair": -(-size // 2), "elem": size}[config.mode]
     on_key, which_key, mixup_key, cutmix_key, box_key = jax.random.split(key, 5)
     cut = jax.random.bernoulli(which_key, config.switch_prob, (draws,))
     if not (config.mixup and config.cutmix):
@@ -101,8 +110,9 @@ def draw_mix(key: jax.Array, batch: int, height: int, width: int, config: Config
     share = jnp.where(cut, 1 - inside.mean(axis=(1, 2)), kept)
     on = jax.random.bernoulli(on_key, config.prob, (draws,))
     weights, share = jnp.where(on[:, None, None], weights, 1.0), jnp.where(on, share, 1.0)
-    rows = jnp.arange(batch)
-    row = {"batch": jnp.zeros_like(rows), "pair": jnp.minimum(rows, batch - 1 - rows), "elem": rows}[config.mode]
+    rows = jnp.arange(size)
+    row = {"batch": jnp.zeros_like(rows), "pair": jnp.minimum(rows, size - 1 - rows), "elem": rows}[config.mode]
+    row = (draws // config.groups * jnp.arange(config.groups)[:, None] + row).reshape(batch)
     return weights[row], share[row]
 
 

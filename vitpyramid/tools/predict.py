@@ -177,13 +177,18 @@ def name_of(model: nn.Module) -> str:
 
 
 def evaluation_of(checkpoint: str, variant: Variant) -> Variant:
-    """`variant` with the crop and the interpolation of the run whose work directory `checkpoint` is, if it is one."""
+    """`variant` with the crop, filter, mean and std of the run whose work directory `checkpoint` is, if it is one."""
     file = Path(checkpoint) / "config.json"
     if not file.is_file():
         return variant
     data = json.loads(file.read_text())["data"]
-    interpolation = data.get("eval_interpolation", variant.interpolation)
-    return dataclasses.replace(variant, crop=data["eval_crop"], interpolation=interpolation)
+    return dataclasses.replace(
+        variant,
+        crop=data["eval_crop"],
+        interpolation=data.get("eval_interpolation", variant.interpolation),
+        mean=tuple(data.get("mean", ())) or variant.mean,
+        std=tuple(data.get("std", ())) or variant.std,
+    )
 
 
 def class_names(count: int, file: Path | None = None) -> list[str]:

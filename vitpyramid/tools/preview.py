@@ -43,7 +43,7 @@ def small_task(config: ConfigDict, count: int) -> Task:
     """The task of a config with batches of `count`, and label weights as they were mixed."""
     config = config.copy_and_resolve_references()
     config.batch_size = config.eval.batch_size = count
-    config.data.workers = 0
+    config.data.workers, config.mix.groups = 0, 1
     config.loss.label_smoothing = 0.0
     config.model.dtype = "float32"
     return make_task(config)

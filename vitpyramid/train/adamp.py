@@ -1,7 +1,9 @@
 """AdamP: Adam whose step does not grow the norm of weights that a following norm makes scale-invariant.
 
 Heo et al., "AdamP: Slowing Down the Slowdown for Momentum Optimizers on Scale-invariant Weights", ICLR 2021, arXiv
-2006.08217; as PiT was trained with it: `timm/optim/adamp.py` with `nesterov=True`, `wd_ratio=0.01`, `delta=0.1`.
+2006.08217; as PiT was trained with it: `timm/optim/adamp.py` of timm 0.3.4 with `nesterov=True`, `wd_ratio=0.01`,
+`delta=0.1`. Later versions do not add epsilon to each of a cosine's norms but bound their product by it from below,
+which differs only for gradients of about epsilon.
 """
 
 import math
@@ -70,7 +72,7 @@ def _project(param: jax.Array, grad: jax.Array, step: jax.Array, rows_last: bool
         length = math.prod(param.shape[a] for a in along)
         norm = jnp.sqrt(jnp.sum(param * param, axis=along, keepdims=True))
         grad_norm = jnp.sqrt(jnp.sum(grad * grad, axis=along, keepdims=True))
-        cosine = jnp.abs(jnp.sum(grad * param, axis=along, keepdims=True)) / jnp.maximum(norm * grad_norm, eps)
+        cosine = jnp.abs(jnp.sum(grad * param, axis=along, keepdims=True)) / (norm + eps) / (grad_norm + eps)
         orthogonal = undecided & (cosine.max() < DELTA / math.sqrt(length))
         unit = param / (norm + eps)
         projected = step - unit * jnp.sum(unit * step, axis=along, keepdims=True)

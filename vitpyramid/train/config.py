@@ -1,20 +1,13 @@
 """Checks a config before any work starts, and compares it with the config of an earlier run."""
 
+import difflib
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 
 from ml_collections import ConfigDict
 
 from vitpyramid.tasks import TASKS
-from vitpyramid.tasks.rules import (
-    AT_LEAST_ONE,
-    FRACTION,
-    NOT_NEGATIVE,
-    POSITIVE,
-    SHARE,
-    are_patterns,
-    one_of,
-)
+from vitpyramid.tasks.rules import BATCH, EPOCHS, FRACTION, SHARE, are_patterns, between, one_of
 from vitpyramid.tasks.task import ConfigError
 
 # Keys that change neither what is learned nor how it is measured: a run may be resumed with others.
@@ -34,35 +27,35 @@ NEUTRAL = (
 # checks it).
 RULES = {
     "task": one_of(*TASKS),
-    "seed": (lambda v: 0 <= v < 2**31, "at least 0 and less than 2**31"),
-    "batch_size": AT_LEAST_ONE,
-    "epochs": POSITIVE,
+    "seed": between(0, 2**31 - 1),
+    "batch_size": BATCH,
+    "epochs": EPOCHS,
     "optim.name": one_of("adamw", "adamp", "sgd"),
-    "optim.lr": POSITIVE,
-    "optim.lr_batch": NOT_NEGATIVE,
+    "optim.lr": between(0, 100, above=True),
+    "optim.lr_batch": between(0, BATCH.high),
     "optim.beta1": FRACTION,
     "optim.beta2": FRACTION,
-    "optim.eps": POSITIVE,
+    "optim.eps": between(0, 1, above=True),
     "optim.momentum": FRACTION,
-    "optim.weight_decay": NOT_NEGATIVE,
-    "optim.clip_norm": NOT_NEGATIVE,
-    "optim.accumulate": AT_LEAST_ONE,
+    "optim.weight_decay": between(0, 100),
+    "optim.clip_norm": between(0, 1e6),
+    "optim.accumulate": BATCH,
     "optim.layer_decay": SHARE,
-    "optim.lr_rules": (are_patterns, "(pattern, factor) pairs with a regular expression and a factor of 0 or more"),
+    "optim.lr_rules": are_patterns(between(0, 1e6)),
     "schedule.name": one_of("cosine", "constant"),
     "schedule.per": one_of("step", "epoch"),
-    "schedule.lag": (lambda v: v in (0, 1), "0 or 1"),
-    "schedule.warmup_epochs": NOT_NEGATIVE,
-    "schedule.warmup_lr": NOT_NEGATIVE,
-    "schedule.min_lr": NOT_NEGATIVE,
-    "schedule.cooldown_epochs": NOT_NEGATIVE,
+    "schedule.lag": between(0, 1),
+    "schedule.warmup_epochs": between(0, EPOCHS.high),
+    "schedule.warmup_lr": between(0, 100),
+    "schedule.min_lr": between(0, 100),
+    "schedule.cooldown_epochs": between(0, EPOCHS.high),
     "ema.decay": FRACTION,
-    "mesh.fsdp": AT_LEAST_ONE,
-    "log.every_steps": AT_LEAST_ONE,
-    "eval.batch_size": AT_LEAST_ONE,
-    "eval.every_epochs": POSITIVE,
-    "checkpoint.every_epochs": POSITIVE,
-    "checkpoint.keep": AT_LEAST_ONE,
+    "mesh.fsdp": BATCH,
+    "log.every_steps": between(1, 10**9),
+    "eval.batch_size": BATCH,
+    "eval.every_epochs": EPOCHS,
+    "checkpoint.every_epochs": EPOCHS,
+    "checkpoint.keep": between(1, 10**6),
 }
 
 
@@ -81,10 +74,25 @@ def _plain(value):
     return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
 
 
-def validate(config: ConfigDict, reference: ConfigDict, device_count: int) -> None:
-    """Raises `ConfigError` unless `config` has just the keys and types of `reference`, with values that can be run."""
+def nearest(name: str, names: Iterable[str]) -> str:
+    """For a message about a name that does not exist: "; did you mean optim.lr?", or nothing if none is like it.
+
+    Names are alike as a whole, or in their last parts: "lr", "model.lr" and "optim.rl" are near "optim.lr".
+    """
+    names = sorted(names)
+    last = name.rpartition(".")[2]
+    near = [known for known in names if known.rpartition(".")[2] == last]
+    near += difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def validate(config: ConfigDict, reference: ConfigDict, device_count: int, evaluation: bool = False) -> None:
+    """Raises `ConfigError` unless `config` has just the keys and types of `reference`, with values that can be run.
+
+    `evaluation`: nothing will be trained, so what only training needs may be missing.
+    """
     flat, known = flatten(config), flatten(reference)
-    problems = [f"{key} = {flat[key]!r}: no such key" for key in flat if key not in known]
+    problems = [f"{key} = {flat[key]!r}: no such key{nearest(key, known)}" for key in flat if key not in known]
     problems += [f"{key}: missing" for key in known if key not in flat]
     task = TASKS.get(flat.get("task"))
     rules = RULES | (task.RULES if task else {})
@@ -92,19 +100,12 @@ def validate(config: ConfigDict, reference: ConfigDict, device_count: int) -> No
         value = flat[key]
         if not _same_type(value, known[key]):
             problems.append(f"{key} = {value!r}: expected {_type_name(known[key])}")
-        elif key in rules and not _holds(rules[key][0], value):
-            problems.append(f"{key} = {value!r}: expected {rules[key][1]}")
+        elif key in rules and not rules[key].holds(value):
+            problems.append(f"{key} = {value!r}: expected {rules[key].expected}")
     if not problems:
-        problems = _cross_checks(config, device_count) + task.check(config)
+        problems = _cross_checks(config, device_count) + task.check(config, evaluation)
     if problems:
         raise ConfigError("the config cannot be run:\n  " + "\n  ".join(sorted(problems)))
-
-
-def _holds(rule: Callable, value) -> bool:
-    try:
-        return bool(rule(value))
-    except TypeError:  # tuples of something else
-        return False
 
 
 def _same_type(value, example) -> bool:

@@ -9,7 +9,12 @@ from ml_collections import ConfigDict
 
 @dataclasses.dataclass(frozen=True)
 class Horizon:
-    """How long a run is. Epochs count whole batches: `floor(examples / batch_size)` steps each, at least one."""
+    """How long a run is.
+
+    An epoch is `floor(examples / batch_size)` steps, at least one; with `schedule.round_up` `ceil(examples /
+    batch_size)`, as where the authors keep the last batch with the few examples that are left. All batches here are
+    full: the endless stream goes on into the next permutation.
+    """
 
     steps_per_epoch: int
     total_steps: int
@@ -17,7 +22,8 @@ class Horizon:
     @classmethod
     def of(cls, config: ConfigDict, num_examples: int) -> "Horizon":
         """Of a config on a training split of `num_examples`."""
-        steps_per_epoch = max(1, num_examples // config.batch_size)
+        rest = config.batch_size - 1 if config.schedule.round_up else 0
+        steps_per_epoch = max(1, (num_examples + rest) // config.batch_size)
         return cls(steps_per_epoch, max(1, round(config.epochs * steps_per_epoch)))
 
     def steps(self, epochs: float) -> int:
