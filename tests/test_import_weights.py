@@ -62,7 +62,7 @@ def test_containers(content, weights, container):
         ),
         (pvt, "ema", "one set of weights without a name"),
         (lambda: {"state_dict_ema": pvt()}, "raw", "it has state_dict_ema"),
-        (lambda: {**pvt(), **prefixed("module.", pvt())}, "auto", "differ only by the prefix"),
+        (lambda: {**pvt(), **prefixed("module.", pvt())}, "auto", "under the prefixes '', 'module.'"),
     ],
 )
 def test_no_state_dict_is_an_error(content, weights, message):

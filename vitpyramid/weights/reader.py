@@ -90,9 +90,9 @@ def parts(index: Path) -> list[Path]:
         files = sorted(set(json.loads(text)["weight_map"].values()))
         if any(Path(file).name != file for file in files):
             raise ValueError("a file of another folder")
+        return [index.with_name(file) for file in files]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index}: expected an index of safetensors or PyTorch files: {brief(str(error))}") from error
-    return [index.with_name(file) for file in files]
 
 
 def _open(path: Path) -> BinaryIO:
