@@ -121,7 +121,9 @@ def recognise(shapes: names.Shapes) -> str:
         if names.torch_name(("params", *variant.model.signature.split("/"))) not in shapes:
             continue
         expected = names.in_torch(names.model_shapes(**names.network_of(name, shapes)))
-        distance[name] = sum(len(keys) for keys in names.compare(shapes, expected).values())
+        problems = names.compare(shapes, expected)
+        headless = [key for key in problems.pop("missing", ()) if key.split(".")[0] not in names.HEADS]
+        distance[name] = len(headless) + sum(map(len, problems.values()))
     nearest = [name for name in distance if distance[name] == min(distance.values())]
     if not nearest:
         listed = ", ".join(map(brief, list(shapes)[: names.LISTED]))

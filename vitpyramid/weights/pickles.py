@@ -98,7 +98,8 @@ def unpickle(data: memoryview, storage: GetStorage, most: int) -> tuple[Any, int
 
 def brief(text: str) -> str:
     """What a file says, for a message: one line, without control characters."""
-    return repr(text[:_LINE])[1:-1] + ("..." if len(text) > _LINE else "")
+    shown = repr(text[: _LINE + 1])[1:-1]
+    return f"{shown[:_LINE]}..." if len(shown) > _LINE else shown
 
 
 class _Source(io.BytesIO):
