@@ -159,9 +159,8 @@ def test_weights_in_parts(monkeypatch, tmp_path, capsys):
     for file, held in files.items():
         save_file({f"net\x1b.{key}": state_dict[key] for key in held}, tmp_path / file)
     index = tmp_path / "model.safetensors.index.json"
-    index.write_text(
-        json.dumps({"metadata": {}, "weight_map": {k: file for file, held in files.items() for k in held}})
-    )
+    where = {f"net\x1b.{key}": file for file, held in files.items() for key in held}
+    index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
     assert run(monkeypatch, index, f"--out={tmp_path / 'out'}") == 0
     assert "took the file itself, official names behind 'net\\x1b.'\n" in capsys.readouterr().out
     assert json.loads((tmp_path / "out/conversion.json").read_text())["parts"].keys() == files.keys()
