@@ -42,11 +42,8 @@ OTHER = {"weight": np.zeros(3, np.float32)}
         (lambda: {"state_dict": {**prefixed("model.", pvt()), "none": None}, "epoch": 1}, "auto", "state_dict"),
         (lambda: {"n_averaged": np.zeros((), int), **prefixed("module.", pvt())}, "auto", "the file itself"),
         (lambda: {**prefixed("model.", pvt()), **prefixed("ema_model.", pvt())}, "auto", "the file itself"),
-        (
-            lambda: {**pvt(), "scalar": 1, "total_ops": np.zeros(1), "block1.0.total_params": np.zeros(1)},
-            "auto",
-            "the file itself",
-        ),
+        (lambda: {**pvt(), "scalar": 1}, "auto", "the file itself"),
+        (lambda: {**pvt(), "total_ops": np.zeros(1), "block1.0.total_params": np.zeros(1)}, "auto", "the file itself"),
     ],
 )
 def test_containers(content, weights, container):
@@ -219,7 +216,7 @@ def torchvision_name(key: str) -> str:
 def test_torchvision_names_of_regnet():
     ours = random_state_dict("regnety_micro")
     theirs = {torchvision_name(key): array for key, array in ours.items()}
-    expected = (
+    inside = (
         "proj.0.weight",
         "proj.1.running_var",
         "f.a.0.weight",
@@ -227,9 +224,8 @@ def test_torchvision_names_of_regnet():
         "f.se.fc1.bias",
         "f.c.1.running_mean",
     )
-    assert {"stem.0.weight", "stem.1.bias", "fc.bias", *(f"trunk_output.block1.block1-0.{e}" for e in expected)} <= set(
-        theirs
-    )
+    expected = {"stem.0.weight", "stem.1.bias", "fc.bias", *(f"trunk_output.block1.block1-0.{key}" for key in inside)}
+    assert expected <= theirs.keys()
     contents = open_contents(theirs)
     assert contents.names == "torchvision"
     assert contents.state_dict.keys() == ours.keys()
@@ -244,7 +240,7 @@ def test_two_keys_for_one_parameter_are_an_error():
         open_contents({**theirs, "stem.conv.weight": ours["stem.conv.weight"]})
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1e300])
 def test_values_that_are_not_finite_are_refused_unless_allowed(value):
     weight = pvt()["norm.weight"].astype(np.float64)
     weight[3] = value
@@ -253,7 +249,7 @@ def test_values_that_are_not_finite_are_refused_unless_allowed(value):
         import_weights(contents)
     converted = import_weights(contents, allow=("nonfinite",))
     assert converted.notes == {"nonfinite": ["norm.weight"]}
-    head = np.full_like(pvt()["head.weight"], value)
+    head = np.full(pvt()["head.weight"].shape, value)
     assert "nonfinite" not in import_weights(open_contents({**pvt(), "head.weight": head}), num_classes=7).notes
 
 

@@ -147,6 +147,7 @@ def attacks(marker: str) -> dict[str, bytes]:
         "subprocess.Popen": pickle.dumps(Call(subprocess.Popen, ["touch", marker]), 4),
         "torch.load": b"\x80\x02ctorch\nload\nX\x01\0\0\0x\x85R.",
         "torch.hub.load": b"\x80\x02ctorch.hub\nload\nX\x01\0\0\0x\x85R.",
+        "_rebuild_sparse_tensor, which is neither a tensor": b"\x80\x02ctorch._utils\n_rebuild_sparse_tensor\n)R.",
         "numpy.testing._private.utils.runstring": b"\x80\x02cnumpy.testing._private.utils\nrunstring\n)R.",
         "torch._utils.os.system": b"\x80\x04\x8c\x0ctorch._utils\x8c\x09os.system\x93.",
         "collections.OrderedDict.__init__": b"\x80\x04\x8c\x0bcollections\x8c\x14OrderedDict.__init__\x93.",
@@ -196,7 +197,6 @@ IMPOSSIBLE = {
     "pop from empty list": b"\x80\x02R.",
     "goes on beyond 1048576 instructions": b"\x80\x02" + b"N" * 2**22 + b".",
     "goes on beyond 4194304 bytes": b"\x80\x02X" + struct.pack("<I", 2**22) + b"N" * 2**22 + b".",
-    "sparse": b"\x80\x02ctorch._utils\n_rebuild_sparse_tensor\n)R.",
     "has no attribute 'append'": b"\x80\x02}Na.",
     "fills a list like a dict": b"\x80\x02]NNs.",
 }

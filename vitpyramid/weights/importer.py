@@ -77,11 +77,9 @@ def import_weights(
     native = names.model_shapes(**network)
     expected = names.in_torch(native)
     problems = names.compare(shapes, expected)
-    if num_classes not in (None, names.head_rows(shapes)):
-        replaced = {key for key in expected if key.split(".")[0] in names.HEADS}
-        problems = {kind: [key for key in keys if key not in replaced] for kind, keys in problems.items()}
-    else:
-        replaced = set()
+    new_head = num_classes not in (None, names.head_rows(shapes))
+    replaced = {key for key in expected if new_head and key.split(".")[0] in names.HEADS}
+    problems = {kind: [key for key in keys if key not in replaced] for kind, keys in problems.items()}
     # Copies: the file's own arrays, which may be the file mapped, can be let go of.
     flat = {}
     for path, key in zip(native, expected, strict=True):

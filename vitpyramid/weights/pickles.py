@@ -27,21 +27,11 @@ _LINE = 200  # characters of a file's text in a message
 _NUMPY = "float64 float32 float16 int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool complex128 complex64"
 _ML = (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)
 DTYPES = {dtype.name: dtype for dtype in map(np.dtype, (*_NUMPY.split(), *_ML))}
-_STORAGES = {
-    "DoubleStorage": "float64",
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-    "ComplexDoubleStorage": "complex128",
-    "ComplexFloatStorage": "complex64",
-    "UntypedStorage": "uint8",
-}
+_KINDS = """
+    Double:float64 Float:float32 Half:float16 BFloat16:bfloat16 Long:int64 Int:int32 Short:int16 Char:int8 Byte:uint8
+    Bool:bool ComplexDouble:complex128 ComplexFloat:complex64 Untyped:uint8
+"""
+_STORAGES = {f"{kind}Storage": DTYPES[name] for kind, name in (pair.split(":") for pair in _KINDS.split())}
 _INSTRUCTIONS = """
     PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT BINSTRING SHORT_BINSTRING
     BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 TUPLE
@@ -248,21 +238,15 @@ def _ordered_dict(items: Any = (), *_ignored) -> dict:
     return made
 
 
-def _unsupported(*_arguments) -> None:
-    raise ValueError("it holds a sparse or quantised tensor; expected plain ones")
-
-
 _NAMES: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor"): _rebuild,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
     ("torch._utils", "_rebuild_tensor_v3"): _rebuild_v3,
     ("torch._utils", "_rebuild_parameter"): lambda tensor, *_ignored: tensor,
     ("torch._utils", "_rebuild_parameter_with_state"): lambda tensor, *_ignored: tensor,
-    ("torch._utils", "_rebuild_sparse_tensor"): _unsupported,
-    ("torch._utils", "_rebuild_qtensor"): _unsupported,
     ("torch", "Size"): _size,
     **{("torch", name): dtype for name, dtype in DTYPES.items()},
-    **{(module, name): DTYPES[dtype] for module in ("torch", "torch.cuda") for name, dtype in _STORAGES.items()},
+    **{(module, name): dtype for module in ("torch", "torch.cuda") for name, dtype in _STORAGES.items()},
     ("torch.storage", "UntypedStorage"): DTYPES["uint8"],
     ("collections", "OrderedDict"): _ordered_dict,
     ("collections", "defaultdict"): lambda *_ignored: {},

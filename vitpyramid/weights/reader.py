@@ -21,23 +21,10 @@ INDEX = ".index.json"  # behind the name of weights that Hugging Face's librarie
 _LARGEST_INDEX = 2**24  # bytes
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LARGEST_EXPANSION = 64  # times the file's size that its tensors may take: strides of 0 can claim anything
-_SAFETENSORS_DTYPES = {
-    "F64": DTYPES["float64"],
-    "F32": DTYPES["float32"],
-    "F16": DTYPES["float16"],
-    "BF16": DTYPES["bfloat16"],
-    "F8_E4M3": DTYPES["float8_e4m3fn"],
-    "F8_E5M2": DTYPES["float8_e5m2"],
-    "I64": DTYPES["int64"],
-    "I32": DTYPES["int32"],
-    "I16": DTYPES["int16"],
-    "I8": DTYPES["int8"],
-    "U64": DTYPES["uint64"],
-    "U32": DTYPES["uint32"],
-    "U16": DTYPES["uint16"],
-    "U8": DTYPES["uint8"],
-    "BOOL": DTYPES["bool"],
-    "C64": DTYPES["complex64"],
+_ODD_NAMES = {"bool": "BOOL", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
+_SAFETENSORS_DTYPES = {  # float32 is F32, and so on
+    _ODD_NAMES.get(name) or name[0].upper() + name.lstrip("abcdefghijklmnopqrstuvwxyz"): dtype
+    for name, dtype in DTYPES.items()
 }
 # Files that are found under the names of weights.
 _MISTAKEN = (
