@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 
 import jax
@@ -106,15 +107,68 @@ def test_load_pretrained_gives_the_same_from_file_and_folder(monkeypatch, tmp_pa
 )
 def test_refused_conversions_write_nothing(monkeypatch, tmp_path, weights, capsys, arguments, message):
     assert run(monkeypatch, weights, f"--out={tmp_path / 'out'}", *arguments) == 1
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error
+    assert "weights.safetensors" in error or "unknown model" in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["weights.safetensors"]
 
 
-@pytest.mark.parametrize("argument", ["--allow=everything", "--size=31", "--num-classes=0", "--weights=best"])
+@pytest.mark.parametrize(
+    "argument",
+    [
+        *("--allow=everything", "--size=31", "--num-classes=0", "--weights=best"),
+        *("--size=100000", "--num-classes=999999999999", "--seed=9223372036854775808", "--seed=" + "9" * 9999),
+    ],
+)
 def test_bad_arguments_are_named(monkeypatch, tmp_path, weights, capsys, argument):
     with pytest.raises(SystemExit):
         run(monkeypatch, weights, f"--out={tmp_path / 'out'}", argument)
-    assert argument.split("=")[0] in capsys.readouterr().err
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert argument.split("=")[0] in message
+    assert len(message) < 200
+
+
+def test_the_largest_seed(monkeypatch, tmp_path, weights):
+    assert run(monkeypatch, weights, f"--out={tmp_path / 'out'}", "--num-classes=7", f"--seed={2**63 - 1}") == 0
+
+
+def test_out_must_be_new_or_empty(monkeypatch, tmp_path, weights, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    monkeypatch.setattr(command, "fetch", None)  # refused before any work
+    for out, what in ((folder, folder), (weights, weights), (weights / "a", weights)):
+        assert run(monkeypatch, weights, f"--out={out}") == 1
+        assert f"--out={out}: expected a new or empty folder, {what} is none" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+
+
+def test_devices_and_pipes_are_not_read(monkeypatch, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        assert run(monkeypatch, path, f"--out={tmp_path / 'out'}") == 1
+        assert capsys.readouterr().err == f"error: {path}: expected a file or folder, this is a pipe or device\n"
+        with pytest.raises(ValueError, match="this is a pipe or device"):
+            vitpyramid.load_pretrained(path)
+
+
+def test_weights_in_parts(monkeypatch, tmp_path, capsys):
+    state_dict = random_state_dict("pvt_micro")
+    keys = list(state_dict)
+    files = {"model-1.safetensors": keys[:9], "model-2.safetensors": keys[9:]}
+    for file, held in files.items():
+        save_file({f"net\x1b.{key}": state_dict[key] for key in held}, tmp_path / file)
+    index = tmp_path / "model.safetensors.index.json"
+    where = {f"net\x1b.{key}": file for file, held in files.items() for key in held}
+    index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    assert run(monkeypatch, index, f"--out={tmp_path / 'out'}") == 0
+    assert "took the file itself, official names behind 'net\\x1b.'\n" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out/conversion.json").read_text())["parts"].keys() == files.keys()
+    _, variables = vitpyramid.load_pretrained(index)
+    assert_same(variables, names.torch_to_flax("pvt_micro", state_dict))
+    (tmp_path / "model-2.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="model-2"):
+        vitpyramid.load_pretrained(index)
 
 
 def test_nothing_is_replaced(monkeypatch, tmp_path, weights, capsys):

@@ -363,6 +363,14 @@ def test_hub_chooses(files, chosen, hub):
     assert path.read_bytes() == chosen.encode()
 
 
+def test_hub_fetches_the_parts_of_an_index(hub):
+    index = json.dumps({"weight_map": {"x": "model-1.safetensors", "y": "model-2.safetensors"}}).encode()
+    parts = {f"model-{i}.safetensors": b"%d" % i for i in (1, 2)}
+    hub.hub["some/pvt", "main"] = {"model.safetensors.index.json": index, **parts}
+    path = fetch("hf://some/pvt")
+    assert {name: (path.parent / name).read_bytes() for name in parts} == parts
+
+
 def test_hub_file_and_revision(hub):
     hub.hub["some/pvt", "refs/pr/1"] = {"deep/down.pth": BODY}
     path = fetch("hf://some/pvt/deep/down.pth@refs/pr/1")

@@ -38,6 +38,11 @@ OTHER = {"weight": np.zeros(3, np.float32)}
         (lambda: {"model": OTHER, "model_ema": pvt()}, "ema", "model_ema"),
         (lambda: {"net": prefixed("module.", pvt()), "acc": 98.0}, "auto", "net"),
         (lambda: {"state_dict": prefixed("module._orig_mod.", pvt())}, "auto", "state_dict"),
+        (lambda: prefixed("backbone.net.", pvt()), "auto", "the file itself"),
+        (lambda: {"state_dict": {**prefixed("model.", pvt()), "none": None}, "epoch": 1}, "auto", "state_dict"),
+        (lambda: {"n_averaged": np.zeros((), int), **prefixed("module.", pvt())}, "auto", "the file itself"),
+        (lambda: {**prefixed("model.", pvt()), **prefixed("ema_model.", pvt())}, "auto", "the file itself"),
+        (lambda: {**pvt(), "scalar": 1}, "auto", "the file itself"),
         (lambda: {**pvt(), "total_ops": np.zeros(1), "block1.0.total_params": np.zeros(1)}, "auto", "the file itself"),
     ],
 )
@@ -47,7 +52,9 @@ def test_containers(content, weights, container):
     assert contents.state_dict.keys() == pvt().keys()
     for key, array in contents.state_dict.items():
         np.testing.assert_array_equal(array, pvt()[key])
-    assert contents.ignored == [key for key in content() if "total_" in key]
+    file_keys = list(content().get(container, content()))
+    assert contents.ignored == [key for key in file_keys if key not in contents.origin.values()]
+    assert all(contents.prefix + key == file_key for key, file_key in contents.origin.items())
 
 
 @pytest.mark.parametrize(
@@ -62,7 +69,7 @@ def test_containers(content, weights, container):
         ),
         (pvt, "ema", "one set of weights without a name"),
         (lambda: {"state_dict_ema": pvt()}, "raw", "it has state_dict_ema"),
-        (lambda: {**pvt(), **prefixed("module.", pvt())}, "auto", "differ only by the prefix"),
+        (lambda: {**pvt(), **prefixed("module.", pvt())}, "auto", "under the prefixes '', 'module.'"),
     ],
 )
 def test_no_state_dict_is_an_error(content, weights, message):
@@ -126,6 +133,140 @@ def test_hugging_face_names_of_pvt():
     for key, array in contents.state_dict.items():
         np.testing.assert_array_equal(array, pvt()[key])
     assert contents.origin["block1.0.attn.kv.bias"].count(" + ") == 1
+    # `PvtModel`, which has no prefix and no head; in Lightning's wrapping.
+    headless = {f"model.{key.removeprefix('pvt.')}": array for key, array in theirs.items() if "classifier" not in key}
+    headless = open_contents(headless)
+    assert (headless.prefix, headless.names) == ("model.", "HuggingFace")
+    assert headless.state_dict.keys() == {key for key in pvt() if not key.startswith("head.")}
+    assert open_contents(prefixed("model.", theirs)).state_dict.keys() == pvt().keys()
+
+
+# Hugging Face's names of DeiT, of transformers 4 and 5.
+DEIT = (
+    ("patch_embed.proj.", "embeddings.patch_embeddings.projection."),
+    ("cls_token", "embeddings.cls_token"),
+    ("dist_token", "embeddings.distillation_token"),
+    ("pos_embed", "embeddings.position_embeddings"),
+    ("norm.", "layernorm."),
+)
+DEIT_BLOCKS = {
+    4: (
+        ("blocks.", "encoder.layer."),
+        (".norm1.", ".layernorm_before."),
+        (".norm2.", ".layernorm_after."),
+        (".attn.proj.", ".attention.output.dense."),
+        (".attn.q.", ".attention.attention.query."),
+        (".attn.k.", ".attention.attention.key."),
+        (".attn.v.", ".attention.attention.value."),
+        (".mlp.fc1.", ".intermediate.dense."),
+        (".mlp.fc2.", ".output.dense."),
+    ),
+    5: (
+        ("blocks.", "layers."),
+        (".norm1.", ".layernorm_before."),
+        (".norm2.", ".layernorm_after."),
+        (".attn.proj.", ".attention.o_proj."),
+        (".attn.q.", ".attention.q_proj."),
+        (".attn.k.", ".attention.k_proj."),
+        (".attn.v.", ".attention.v_proj."),
+    ),
+}
+
+
+@pytest.mark.parametrize("version", [4, 5])
+@pytest.mark.parametrize("name", ["deit_micro", "deit_tiny_distilled"])
+def test_hugging_face_names_of_deit(name, version):
+    ours = random_state_dict(name, 10, 32)
+    split = {}
+    for key, array in ours.items():
+        parts = dict(zip("qkv", np.split(array, 3), strict=True)) if ".attn.qkv." in key else {"qkv": array}
+        split |= {key.replace(".qkv.", f".{part}."): values for part, values in parts.items()}
+    distilled = "dist_token" in ours
+    body, heads = {}, {}
+    for key, array in split.items():
+        for old, new in (*DEIT, *DEIT_BLOCKS[version]):
+            key = key.replace(old, new) if old.startswith(".") or key.startswith(old) else key
+        if key.startswith("head"):
+            key = key.replace("head_dist.", "distillation_classifier.")
+            heads[key.replace("head.", "cls_classifier." if distilled else "classifier.")] = array
+        else:
+            body[key] = array
+    around = "deit." if distilled else "vit."
+    contents = open_contents({**prefixed(around, body), **heads})
+    assert (contents.names, contents.prefix, contents.ignored) == ("HuggingFace", "", [])
+    assert contents.state_dict.keys() == ours.keys()
+    for key, array in contents.state_dict.items():
+        np.testing.assert_array_equal(array, ours[key])
+    # `DeiTModel`, which has no prefix and no head.
+    headless = open_contents({**body, "pooler.dense.weight": np.zeros((3, 3))})
+    assert headless.ignored == ["pooler.dense.weight"]
+    assert headless.state_dict.keys() == {key for key in ours if not key.startswith("head")}
+    assert recognise({key: array.shape for key, array in headless.state_dict.items()}) == name
+
+
+def torchvision_name(key: str) -> str:
+    """torchvision's name of timm's for RegNetY."""
+    if match := re.match(r"s(\d)\.b(\d+)\.(.*)", key):
+        rest = match[3].replace("downsample.", "proj.").replace("se.", "f.se.")
+        rest = re.sub(r"^conv(\d)", lambda found: f"f.{' abc'[int(found[1])]}", rest)
+        key = f"trunk_output.block{match[1]}.block{match[1]}-{int(match[2]) - 1}.{rest}"
+    return key.replace(".conv.", ".0.").replace(".bn.", ".1.").replace("head.fc.", "fc.")
+
+
+def test_torchvision_names_of_regnet():
+    ours = random_state_dict("regnety_micro")
+    theirs = {torchvision_name(key): array for key, array in ours.items()}
+    inside = (
+        "proj.0.weight",
+        "proj.1.running_var",
+        "f.a.0.weight",
+        "f.b.1.bias",
+        "f.se.fc1.bias",
+        "f.c.1.running_mean",
+    )
+    expected = {"stem.0.weight", "stem.1.bias", "fc.bias", *(f"trunk_output.block1.block1-0.{key}" for key in inside)}
+    assert expected <= theirs.keys()
+    contents = open_contents(theirs)
+    assert contents.names == "torchvision"
+    assert contents.state_dict.keys() == ours.keys()
+    assert all(array is ours[key] for key, array in contents.state_dict.items())
+    assert recognise({key: array.shape for key, array in ours.items()}) == "regnety_micro"
+
+
+def test_two_keys_for_one_parameter_are_an_error():
+    ours = random_state_dict("regnety_micro")
+    theirs = {torchvision_name(key): array for key, array in ours.items()}
+    with pytest.raises(ValueError, match=r"stem\.conv\.weight and stem\.0\.weight both stand for stem\.conv\.weight"):
+        open_contents({**theirs, "stem.conv.weight": ours["stem.conv.weight"]})
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1e300])
+def test_values_that_are_not_finite_are_refused_unless_allowed(value):
+    weight = pvt()["norm.weight"].astype(np.float64)
+    weight[3] = value
+    contents = open_contents({**pvt(), "norm.weight": weight})
+    with pytest.raises(ValueError, match=r"nonfinite \(1\):\n  norm\.weight\n--allow=nonfinite"):
+        import_weights(contents)
+    converted = import_weights(contents, allow=("nonfinite",))
+    assert converted.notes == {"nonfinite": ["norm.weight"]}
+    head = np.full(pvt()["head.weight"].shape, value)
+    assert "nonfinite" not in import_weights(open_contents({**pvt(), "head.weight": head}), num_classes=7).notes
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bool", "complex64", "int64", "float8_e4m3fn"])
+def test_weights_that_are_no_floating_point_are_refused(dtype):
+    contents = open_contents({**pvt(), "norm.weight": pvt()["norm.weight"].astype(dtype)})
+    with pytest.raises(
+        ValueError, match=rf"norm\.weight is of {dtype}, expected one of float16, bfloat16, float32, float64"
+    ):
+        import_weights(contents, allow=("missing", "unexpected", "wrong shape", "nonfinite"))
+
+
+def test_numbers_of_classes_and_sides_are_bounded():
+    contents = open_contents(pvt())
+    for numbers in ({"num_classes": 10**12}, {"image_size": 10**5}):
+        with pytest.raises(ValueError, match="expected at most 100000 and 4096"):
+            import_weights(contents, **numbers)
 
 
 def mmdetection_name(key: str) -> str:
@@ -223,7 +364,7 @@ def test_problems_are_listed_and_refused_unless_allowed():
     np.testing.assert_array_equal(converted.variables["params"]["norm"]["bias"], np.zeros(256))
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float64"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 def test_parameters_become_float32(dtype):
     contents = open_contents({key: array.astype(dtype) for key, array in pvt().items()})
     kernel = import_weights(contents).variables["params"]["head"]["kernel"]

@@ -6,8 +6,8 @@ import shutil
 
 import numpy as np
 import pytest
-from test_toy_task import boxes, records
 
+from test_toy_task import boxes, records
 from vitpyramid import load_pretrained
 from vitpyramid.tasks import ConfigError
 from vitpyramid.train import loop

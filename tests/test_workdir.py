@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from test_toy_task import ROOT, boxes, records
 
+from test_toy_task import ROOT, boxes, records
 from vitpyramid.tasks import ConfigError
 from vitpyramid.train import loop
 from vitpyramid.train.workdir import held

@@ -4,12 +4,12 @@ import argparse
 from collections.abc import Callable
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """A type for `argparse`: integers of at least `least`."""
+def at_least(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
+    """A type for `argparse`: integers of at least `least` and at most `most`."""
 
     def integer(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected an integer of at least {least}")
+        if not text.isdecimal() or len(text) > 19 or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r}: expected an integer from {least} to {most}")
         return int(text)
 
     return integer

@@ -20,12 +20,12 @@ import jax
 import vitpyramid
 from vitpyramid.models.registry import get_variant
 from vitpyramid.tools.arguments import at_least
-from vitpyramid.weights.containers import open_contents
 from vitpyramid.weights.fetch import fetch, sha256
-from vitpyramid.weights.importer import PROBLEMS, import_weights
-from vitpyramid.weights.names import LISTED, flax_to_torch
-from vitpyramid.weights.reader import read_torch_file
-from vitpyramid.weights.store import CONVERTED, has_weights, read_weights, write_weights
+from vitpyramid.weights.importer import PROBLEMS, import_file
+from vitpyramid.weights.names import LARGEST_SIDE, LISTED, MOST_CLASSES, flax_to_torch
+from vitpyramid.weights.pickles import brief
+from vitpyramid.weights.reader import INDEX, parts
+from vitpyramid.weights.store import CONVERTED, read_weights, write_weights
 
 
 def to_orbax(
@@ -47,17 +47,18 @@ def to_orbax(
     """
     if name is not None:
         get_variant(name)
-    if has_weights(out):
-        raise FileExistsError(f"--out={out}: expected a new folder, this one has checkpoints; nothing is replaced")
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir() or (there == out and any(out.iterdir())):
+        raise FileExistsError(f"--out={out}: expected a new or empty folder, {there} is none; nothing is replaced")
     begin = time.perf_counter()
     path = fetch(source)
     if path.is_dir():
         raise ValueError(f"{path}: expected a file of PyTorch weights, this is a folder (--to-torch converts folders)")
     digest = sha256(path)
-    print(f"read {path} ({path.stat().st_size / 1e6:.1f} MB, SHA-256 {digest})")
-    contents = open_contents(read_torch_file(path), weights)
-    print(f"took {contents.container}, {contents.names} names")
-    converted = import_weights(contents, name, num_classes, image_size, allow, seed)
+    print(f"reading {path} ({path.stat().st_size / 1e6:.1f} MB, SHA-256 {digest})")
+    contents, converted = import_file(path, weights, name, num_classes, image_size, allow, seed)
+    prefix = f" behind '{brief(contents.prefix)}'" if contents.prefix else ""
+    print(f"took {contents.container}, {contents.names} names{prefix}")
     params = sum(array.size for array in jax.tree.leaves(converted.variables["params"]))
     network = converted.network
     print(
@@ -65,7 +66,8 @@ def to_orbax(
         f"{network['image_size']} x {network['image_size']} pixels, {params:,} parameters"
     )
     for kind, keys in converted.notes.items():
-        print(f"{kind} ({len(keys)}): {', '.join(keys[:LISTED])}{', ...' if len(keys) > LISTED else ''}")
+        listed = ", ".join(map(brief, keys[:LISTED]))
+        print(f"{kind} ({len(keys)}): {listed}{', ...' if len(keys) > LISTED else ''}")
     dtypes = sorted({str(array.dtype) for array in contents.state_dict.values()})
     contents.state_dict.clear()  # the file's memory, before writing takes some of its own
     write_weights(out, network, converted.variables)
@@ -74,7 +76,9 @@ def to_orbax(
         "file": path.name,
         "bytes": path.stat().st_size,
         "sha256": digest,
+        "parts": {part.name: sha256(part) for part in parts(path)} if path.name.endswith(INDEX) else {},
         "container": contents.container,
+        "prefix": contents.prefix,
         "names": contents.names,
         "network": network,
         "dtypes": dtypes,
@@ -120,7 +124,8 @@ def to_torch(source: Path, out: Path, weights: str = "auto") -> None:
 def _allow(text: str) -> tuple[str, ...]:
     kinds = tuple(kind.replace("_", " ") for kind in text.split(","))
     if not set(kinds) <= set(PROBLEMS):
-        raise argparse.ArgumentTypeError(f"{text}: expected some of missing,unexpected,wrong_shape")
+        known = ",".join(kind.replace(" ", "_") for kind in PROBLEMS)
+        raise argparse.ArgumentTypeError(f"{text!r}: expected some of {known}")
     return kinds
 
 
@@ -132,10 +137,14 @@ def main() -> int:
     parser.add_argument(
         "--weights", choices=("auto", "ema", "raw"), default="auto", help="moving average or raw weights"
     )
-    parser.add_argument("--num-classes", type=at_least(1), help="of a new head, if not the file's number")
-    parser.add_argument("--size", type=at_least(32), help="side of the images that position tables are resized for")
+    parser.add_argument("--num-classes", type=at_least(1, MOST_CLASSES), help="of a new head, if not the file's number")
+    parser.add_argument(
+        "--size", type=at_least(32, LARGEST_SIDE), help="side of the images that position tables are resized for"
+    )
     parser.add_argument("--seed", type=at_least(0), default=0, help="of parameters that are not in the file")
-    parser.add_argument("--allow", type=_allow, default=(), help="missing,unexpected,wrong_shape: no errors then")
+    parser.add_argument(
+        "--allow", type=_allow, default=(), help="missing,unexpected,wrong_shape,nonfinite: no errors then"
+    )
     parser.add_argument("--to-torch", action="store_true", help="from a folder to PyTorch")
     args = parser.parse_args()
     try:

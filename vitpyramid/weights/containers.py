@@ -7,51 +7,132 @@ Files hold state dicts inside training states, inside detectors, and in the name
     DeiT, PVT training output                   model, optimizer, args ...
     T2T-ViT transfer learning                   net, acc, epoch; keys begin with `module.`
     PVT, ResT detectors                         state_dict or model; keys begin with `backbone.`
-    timm's PiT                                  pooling inside the stages, before (>= 0.9) or behind (<= 0.8) the blocks
-    HuggingFace PVT                             `pvt.encoder...`, keys and values apart
-    MMDetection PVT                             `layers...`, queries, keys and values together
+    Lightning, AveragedModel, torch.compile     keys begin with `model.`, `module.`, `_orig_mod.`
+    timm's PiT, HuggingFace's PVT and DeiT, MMDetection's PVT, torchvision's RegNetY: `DIALECTS`
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from vitpyramid.models.registry import VARIANTS
+from vitpyramid.weights.names import LISTED, torch_name
+from vitpyramid.weights.pickles import brief
+
 StateDict = dict[str, np.ndarray]
 
 # Where state dicts lie in a training state, the preferred one first.
-RAW = ("state_dict", "model", "net")
+RAW = ("state_dict", "model", "net", "model_state_dict")
 EMA = ("state_dict_ema",)
 OTHER_EMA = ("model_ema", "ema")  # averages that their authors did not report: taken only when asked for
-WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
-DETECTORS = ("backbone.bottom_up.", "backbone.")
 IGNORED = re.compile(r"(^|\.)(total_ops|total_params|num_batches_tracked)$")  # counters, no parameters
 
-HF_STAGE = (
-    (r"^position_embeddings$", r"pos_embed{s}"),
-    (r"^cls_token$", r"cls_token"),
-    (r"^projection\.", r"patch_embed{s}.proj."),
-    (r"^layer_norm\.", r"patch_embed{s}.norm."),
-)
-HF_BLOCK = (
-    ("layer_norm_1.", "norm1."),
-    ("layer_norm_2.", "norm2."),
-    ("attention.self.query.", "attn.q."),
-    ("attention.self.key.", "attn.k."),
-    ("attention.self.value.", "attn.v."),
-    ("attention.self.sequence_reduction.", "attn.sr."),
-    ("attention.self.layer_norm.", "attn.norm."),
-    ("attention.output.dense.", "attn.proj."),
-    ("mlp.dense1.", "mlp.fc1."),
-    ("mlp.dense2.", "mlp.fc2."),
-)
-MMDET_BLOCK = (
-    ("attn.attn.in_proj_weight", "attn.qkv.weight"),
-    ("attn.attn.in_proj_bias", "attn.qkv.bias"),
-    ("attn.attn.out_proj.", "attn.proj."),
-    ("ffn.layers.0.", "mlp.fc1."),
-    ("ffn.layers.3.", "mlp.fc2."),
+
+class Dialect(NamedTuple):
+    """Names that another library has for a network.
+
+    Attributes:
+      names: of the library.
+      anchors: keys of which every state dict of these names has one.
+      rules: patterns and what takes their place, one after another, in each key.
+      around: what keys begin with unless they are of a head, or the file has no head.
+      joined: parts of attention that the papers have as one array.
+    """
+
+    names: str
+    anchors: tuple[str, ...]
+    rules: tuple[tuple[str, str | Callable], ...] = ()
+    around: tuple[str, ...] = ()
+    joined: tuple[str, ...] = ()
+
+
+DIALECTS = (
+    Dialect(  # pooling inside the stages, behind the blocks ...
+        "timm <= 0.8", ("transformers.0.pool.conv.weight",), ((r"^transformers\.(\d+)\.pool\.", r"pools.\1."),)
+    ),
+    Dialect(  # ... and before them
+        "timm >= 0.9",
+        ("transformers.1.pool.conv.weight",),
+        ((r"^transformers\.(\d+)\.pool\.", lambda found: f"pools.{int(found[1]) - 1}."),),
+    ),
+    Dialect(
+        "HuggingFace",
+        ("encoder.patch_embeddings.0.projection.weight",),
+        (
+            (r"^pvt\.", ""),
+            (r"^encoder\.patch_embeddings\.(\d)\.position_embeddings$", lambda found: f"pos_embed{int(found[1]) + 1}"),
+            (r"^encoder\.patch_embeddings\.\d\.cls_token$", "cls_token"),
+            (r"^encoder\.patch_embeddings\.(\d)\.", lambda found: f"patch_embed{int(found[1]) + 1}."),
+            (r"^(patch_embed\d\.)projection\.", r"\1proj."),
+            (r"^(patch_embed\d\.)layer_norm\.", r"\1norm."),
+            (r"^encoder\.block\.(\d)\.", lambda found: f"block{int(found[1]) + 1}."),
+            (r"\.layer_norm_(\d)\.", r".norm\1."),
+            (r"\.attention\.self\.(q|k|v)(uery|ey|alue)\.", r".attn.\1."),
+            (r"\.attention\.self\.sequence_reduction\.", ".attn.sr."),
+            (r"\.attention\.self\.layer_norm\.", ".attn.norm."),
+            (r"\.attention\.output\.dense\.", ".attn.proj."),
+            (r"\.mlp\.dense(\d)\.", r".mlp.fc\1."),
+            (r"^encoder\.layer_norm\.", "norm."),
+            (r"^classifier\.", "head."),
+        ),
+        around=("pvt.",),
+        joined=("k", "v"),
+    ),
+    Dialect(  # DeiT's; the first forms are of transformers 4
+        "HuggingFace",
+        ("embeddings.patch_embeddings.projection.weight",),
+        (
+            (r"^(deit|vit)\.", ""),
+            (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+            (r"^embeddings\.cls_token$", "cls_token"),
+            (r"^embeddings\.distillation_token$", "dist_token"),
+            (r"^embeddings\.position_embeddings$", "pos_embed"),
+            (r"^(encoder\.layer|layers)\.", "blocks."),
+            (r"\.layernorm_before\.", ".norm1."),
+            (r"\.layernorm_after\.", ".norm2."),
+            (r"\.attention\.(attention\.(q|k|v)(uery|ey|alue)|(q|k|v)_proj)\.", r".attn.\2\4."),
+            (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
+            (r"\.intermediate\.dense\.", ".mlp.fc1."),
+            (r"\.output\.dense\.", ".mlp.fc2."),
+            (r"^layernorm\.", "norm."),
+            (r"^(cls_)?classifier\.", "head."),
+            (r"^distillation_classifier\.", "head_dist."),
+        ),
+        around=("deit.", "vit."),
+        joined=("q", "k", "v"),
+    ),
+    Dialect(
+        "MMDetection",
+        ("layers.0.0.projection.weight",),
+        (
+            (r"^layers\.(\d)\.1\.0\.pos_embed$", lambda found: f"pos_embed{int(found[1]) + 1}"),
+            (r"^layers\.(\d)\.0\.(projection|norm)\.", lambda found: f"patch_embed{int(found[1]) + 1}.{found[2]}."),
+            (r"\.projection\.", ".proj."),
+            (r"^layers\.(\d)\.1\.(\d+)\.", lambda found: f"block{int(found[1]) + 1}.{int(found[2]) - 1}."),
+            (r"\.attn\.attn\.in_proj_", ".attn.qkv."),
+            (r"\.attn\.attn\.out_proj\.", ".attn.proj."),
+            (r"\.ffn\.layers\.0\.", ".mlp.fc1."),
+            (r"\.ffn\.layers\.3\.", ".mlp.fc2."),
+        ),
+    ),
+    Dialect(
+        "torchvision",
+        ("trunk_output.block1.block1-0.proj.0.weight",),
+        (
+            (r"^trunk_output\.block\d\.block(\d)-(\d+)\.", lambda found: f"s{found[1]}.b{int(found[2]) + 1}."),
+            (r"\.proj\.", ".downsample."),
+            (r"\.f\.([abc])\.", lambda found: f".conv{'abc'.index(found[1]) + 1}."),
+            (r"\.f\.se\.", ".se."),
+            (r"^(stem|.*\.(?:conv\d|downsample))\.0\.", r"\1.conv."),
+            (r"^(stem|.*\.(?:conv\d|downsample))\.1\.", r"\1.bn."),
+            (r"^fc\.", "head.fc."),
+        ),
+    ),
+    Dialect(
+        "official", tuple({torch_name(("params", *v.model.signature.split("/"))): None for v in VARIANTS.values()})
+    ),
 )
 
 
@@ -60,15 +141,17 @@ class Contents(NamedTuple):
 
     Attributes:
       state_dict: arrays by the papers' names.
-      origin: the file's key by the papers' name (two joined by " + " where two arrays became one).
+      origin: the file's key by the papers' name (several joined by " + " where they became one).
       container: where the state dict lay, e.g. "state_dict_ema", "the file itself".
-      names: "official", "detector", "timm >= 0.9", "timm <= 0.8", "HuggingFace" or "MMDetection".
+      prefix: what was before the names.
+      names: of a `Dialect`.
       ignored: keys of the file that are no parameters of a backbone.
     """
 
     state_dict: StateDict
     origin: dict[str, str]
     container: str
+    prefix: str
     names: str
     ignored: list[str]
 
@@ -82,123 +165,96 @@ def open_contents(content: Any, weights: str = "auto") -> Contents:
         T2T-ViT's authors release, else the raw weights.
 
     Raises:
-      ValueError: no state dict in it, or not the one asked for; the message lists what there is.
+      ValueError: no state dict in it, or not the one asked for, or several; the message lists what there is.
     """
     container, found = _unwrap(content, weights)
-    origin = {_strip(key): key for key in found}
-    if len(origin) < len(found):
-        raise ValueError(f"{container}: keys that differ only by the prefix {' or '.join(WRAPPERS)}")
-    ignored = [origin.pop(key) for key in list(origin) if IGNORED.search(key)]
-    names = "official"
-    for prefix in DETECTORS:
-        if any(key.startswith(prefix) for key in origin):
-            ignored += [file_key for key, file_key in origin.items() if not key.startswith(prefix)]
-            origin = {key.removeprefix(prefix): value for key, value in origin.items() if key.startswith(prefix)}
-            names = "detector"
-            break
-    state_dict = {key: np.asarray(found[file_key]) for key, file_key in origin.items()}
-    if any(key.startswith("pvt.encoder.") for key in origin):
-        state_dict, origin = _from_hugging_face(state_dict, origin)
-        names = "HuggingFace"
-    elif "layers.0.0.projection.weight" in origin:
-        state_dict, origin = _from_mmdetection(state_dict, origin)
-        names = "MMDetection"
-    elif any(re.match(r"transformers\.\d+\.pool\.", key) for key in origin):
-        shift = 0 if any(key.startswith("transformers.0.pool.") for key in origin) else 1
-        renamed = {key: _timm_pool(key, shift) for key in origin}
-        state_dict = {renamed[key]: array for key, array in state_dict.items()}
-        origin = {renamed[key]: file_key for key, file_key in origin.items()}
-        names = "timm >= 0.9" if shift else "timm <= 0.8"
-    return Contents(state_dict, origin, container, names, ignored)
+    dialect, prefix = _dialect(found)
+    origin, state_dict, ignored = {}, {}, []
+    for key, array in found.items():
+        if not key.startswith(prefix) or IGNORED.search(key) or not isinstance(array, np.ndarray):
+            ignored.append(key)
+            continue
+        name = key.removeprefix(prefix)
+        for pattern, replacement in dialect.rules:
+            name = re.sub(pattern, replacement, name)
+        if name.startswith("pooler.") and dialect.joined:
+            ignored.append(key)
+        elif name in origin:
+            raise ValueError(f"{container}: {brief(key)} and {brief(origin[name])} both stand for {brief(name)}")
+        else:
+            origin[name], state_dict[name] = key, array
+    if dialect.joined:
+        _join(state_dict, origin, dialect.joined)
+    if dialect.names == "MMDetection":
+        state_dict, origin = _split(state_dict, origin)
+    return Contents(state_dict, origin, container, prefix, dialect.names, ignored)
 
 
-def _unwrap(content: Any, weights: str) -> tuple[str, Mapping[str, np.ndarray]]:
+def _unwrap(content: Any, weights: str) -> tuple[str, Mapping[str, Any]]:
     if not isinstance(content, Mapping):
         raise ValueError(f"expected a state dict or a training state, the file holds a {type(content).__name__}")
     order = {"auto": EMA + RAW, "ema": EMA + OTHER_EMA, "raw": RAW}[weights]
-    inner = {key: content[key] for key in EMA + OTHER_EMA + RAW if _is_state_dict(content.get(key))}
+    inner = {key: content[key] for key in EMA + OTHER_EMA + RAW if _has_arrays(content.get(key))}
     for key in order:
         if key in inner:
             return key, inner[key]
-    if _is_state_dict(content) and weights != "ema":
+    if _has_arrays(content) and weights != "ema":
         return "the file itself", content
-    there = ", ".join(inner) or ("one set of weights without a name" if _is_state_dict(content) else None)
+    there = ", ".join(inner) or ("one set of weights without a name" if _has_arrays(content) else None)
     if there:
         raise ValueError(f"--weights={weights}: expected one of {', '.join(order)} in the file; it has {there}")
-    keys = ", ".join(map(str, list(content)[:10]))
+    keys = ", ".join(brief(str(key)) for key in list(content)[:LISTED])
     raise ValueError(f"expected a state dict, or one under {', '.join(EMA + RAW)}; the file has the keys {keys or '-'}")
 
 
-def _is_state_dict(value: Any) -> bool:
+def _has_arrays(value: Any) -> bool:
+    """Whether a value is a state dict, which may have other things between its arrays."""
     return (
         isinstance(value, Mapping)
-        and len(value) > 0
-        and all(isinstance(key, str) and isinstance(array, np.ndarray) for key, array in value.items())
+        and any(isinstance(array, np.ndarray) for array in value.values())
+        and all(isinstance(key, str) for key in value)
     )
 
 
-def _strip(key: str) -> str:
-    while prefix := next((prefix for prefix in WRAPPERS if key.startswith(prefix)), None):
-        key = key.removeprefix(prefix)
-    return key
+def _dialect(keys: Mapping[str, Any]) -> tuple[Dialect, str]:
+    """The dialect of keys, and what is before the names that it knows."""
+    for dialect in DIALECTS:
+        prefixes = {
+            key.removesuffix(anchor)
+            for anchor in dialect.anchors
+            for key in keys
+            if key == anchor or key.endswith(f".{anchor}")
+        }
+        prefixes = {prefix for prefix in prefixes if "ema" not in prefix} or prefixes  # averages beside the weights
+        if len(prefixes) > 1:
+            there = ", ".join(f"'{brief(prefix)}'" for prefix in sorted(prefixes)[:LISTED])
+            raise ValueError(f"expected the weights of one network, there are some under the prefixes {there}")
+        for prefix in prefixes:
+            for around in dialect.around:
+                prefix = re.sub(rf"(^|\.){re.escape(around)}$", r"\1", prefix)
+            return dialect, prefix
+    return DIALECTS[-1], ""
 
 
-def _timm_pool(key: str, shift: int) -> str:
-    match = re.match(r"transformers\.(\d+)\.pool\.(.*)", key)
-    return f"pools.{int(match[1]) - shift}.{match[2]}" if match else key
+def _join(state_dict: StateDict, origin: dict[str, str], parts: tuple[str, ...]) -> None:
+    for first in [key for key in state_dict if f".attn.{parts[0]}." in key]:
+        keys = [first.replace(f".attn.{parts[0]}.", f".attn.{part}.") for part in parts]
+        kinds = {(state_dict[key].shape, state_dict[key].dtype) if key in state_dict else None for key in keys}
+        if len(kinds) == 1:
+            joined = first.replace(f".attn.{parts[0]}.", f".attn.{''.join(parts)}.")
+            state_dict[joined] = np.concatenate([state_dict.pop(key) for key in keys])
+            origin[joined] = " + ".join(origin.pop(key) for key in keys)
 
 
-def _from_hugging_face(state_dict: StateDict, origin: dict[str, str]) -> tuple[StateDict, dict[str, str]]:
-    renamed = {key: _hugging_face_name(key) for key in state_dict}
-    arrays = {renamed[key]: array for key, array in state_dict.items()}
-    origin = {renamed[key]: file_key for key, file_key in origin.items()}
-    for key in [key for key in arrays if ".attn.k." in key]:
-        value, joined = key.replace(".attn.k.", ".attn.v."), key.replace(".attn.k.", ".attn.kv.")
-        if value in arrays and arrays[key].shape == arrays[value].shape:
-            arrays[joined] = np.concatenate([arrays.pop(key), arrays.pop(value)])
-            origin[joined] = f"{origin.pop(key)} + {origin.pop(value)}"
-    return arrays, origin
-
-
-def _hugging_face_name(key: str) -> str:
-    if match := re.match(r"pvt\.encoder\.patch_embeddings\.(\d)\.(.*)", key):
-        for pattern, name in HF_STAGE:
-            if re.match(pattern, match[2]):
-                return re.sub(pattern, name.format(s=int(match[1]) + 1), match[2])
-    if match := re.match(r"pvt\.encoder\.block\.(\d)\.(\d+)\.(.*)", key):
-        for prefix, name in HF_BLOCK:
-            if match[3].startswith(prefix):
-                return f"block{int(match[1]) + 1}.{match[2]}.{name}{match[3].removeprefix(prefix)}"
-    return re.sub(r"^pvt\.encoder\.layer_norm\.", "norm.", re.sub(r"^classifier\.", "head.", key))
-
-
-def _from_mmdetection(state_dict: StateDict, origin: dict[str, str]) -> tuple[StateDict, dict[str, str]]:
+def _split(state_dict: StateDict, origin: dict[str, str]) -> tuple[StateDict, dict[str, str]]:
+    """MMDetection has queries, keys and values in one array, and convolutions of 1 x 1 for linear layers."""
     arrays, origins = {}, {}
-    for key, array in state_dict.items():
-        name = _mmdetection_name(key)
-        if ".attn.qkv." in name and array.shape[0] % 3 == 0:
-            # Rows of queries, keys, values.
+    for name, array in state_dict.items():
+        if ".attn.qkv." in name and array.ndim and array.shape[0] % 3 == 0:
             width = len(array) // 3
-            parts = {name.replace(".qkv.", ".q."): array[:width], name.replace(".qkv.", ".kv."): array[width:]}
-        elif ".mlp." in name and array.ndim == 4:  # a convolution of 1 x 1
-            parts = {name: array[:, :, 0, 0]}
+            made = {name.replace(".qkv.", ".q."): array[:width], name.replace(".qkv.", ".kv."): array[width:]}
         else:
-            parts = {name: array}
-        arrays |= parts
-        origins |= dict.fromkeys(parts, origin[key])
+            made = {name: array[:, :, 0, 0] if ".mlp." in name and array.shape[2:] == (1, 1) else array}
+        arrays |= made
+        origins |= dict.fromkeys(made, origin[name])
     return arrays, origins
-
-
-def _mmdetection_name(key: str) -> str:
-    match = re.match(r"layers\.(\d)\.(?:0\.(projection|norm)|1\.0\.(pos_embed)$|1\.(\d+))\.?(.*)", key)
-    if not match:
-        return key
-    stage, patch, table, block, rest = int(match[1]) + 1, *match.groups()[1:]
-    if patch:
-        return f"patch_embed{stage}.{patch.replace('projection', 'proj')}.{rest}"
-    if table:
-        return f"pos_embed{stage}"
-    for prefix, name in MMDET_BLOCK:
-        if rest.startswith(prefix):
-            rest = name + rest.removeprefix(prefix)
-    return f"block{stage}.{int(block) - 1}.{rest}"

@@ -19,7 +19,10 @@ import platformdirs
 import requests
 from tqdm import tqdm
 
-HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # what Hugging Face's libraries write, the better first
+from vitpyramid.weights.reader import INDEX, parts
+
+# What Hugging Face's libraries write, the better first; large ones in parts, with an index.
+HUB_FILES = ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin", f"pytorch_model.bin{INDEX}")
 HUB_SUFFIXES = (".safetensors", ".bin", ".pth")
 
 _WAITS = (1.0, 2.0, 4.0)  # seconds before each further attempt
@@ -35,8 +38,9 @@ def fetch(source: str | Path, cache: Path | None = None) -> Path:
     Args:
       source: one of
         a path, which is returned as it is, `~` expanded;
-        `hf://owner/repo[/file][@revision]`, through huggingface_hub and its cache; without `file`, model.safetensors,
-        else pytorch_model.bin, else the only .safetensors, .bin or .pth file at the top of the repository;
+        `hf://owner/repo[/file][@revision]`, through huggingface_hub and its cache; without `file`, the first of
+        `HUB_FILES`, else the only .safetensors, .bin or .pth file at the top of the repository; of an index, the path
+        beside which its parts are;
         `https://...`, optionally with `#sha256=` and 64 hexadecimal digits. Without them, a name that ends in `-` and
         at least 8 such digits, as in `deit_tiny-a1311bcf.pth`, gives the first digits of the file's SHA-256
         (torch.hub's convention). `http://` is for this machine, or with `#sha256=`.
@@ -57,6 +61,8 @@ def fetch(source: str | Path, cache: Path | None = None) -> Path:
         path = Path(text).expanduser()
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file or folder")
+        if not path.is_file() and not path.is_dir():
+            raise ValueError(f"{path}: expected a file or folder, this is a pipe or device")
         return path
     if scheme == "hf":
         return _from_hub(text)
@@ -81,7 +87,11 @@ def _from_hub(source: str) -> Path:
     except ImportError as error:
         raise ValueError(f"{source}: expected huggingface_hub: pip install 'vitpyramid[hub]'") from error
     try:
-        return Path(HfApi().hf_hub_download(repo, file or _choose_hub_file(source, repo, revision), revision=revision))
+        file = file or _choose_hub_file(source, repo, revision)
+        path = Path(HfApi().hf_hub_download(repo, file, revision=revision))
+        for part in parts(path) if file.endswith(INDEX) else ():
+            HfApi().hf_hub_download(repo, str(PurePosixPath(file).with_name(part.name)), revision=revision)
+        return path
     except errors.GatedRepoError as error:
         raise PermissionError(f"{source}: expected access to {repo}: ask for it there, then `hf auth login`") from error
     except errors.RepositoryNotFoundError as error:

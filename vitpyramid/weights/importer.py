@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -10,9 +11,12 @@ from flax import traverse_util
 from vitpyramid.models.registry import VARIANTS, create_model
 from vitpyramid.weights import names
 from vitpyramid.weights.adapt import adapt
-from vitpyramid.weights.containers import Contents
+from vitpyramid.weights.containers import Contents, open_contents
+from vitpyramid.weights.pickles import DTYPES, brief
+from vitpyramid.weights.reader import read_torch_file
 
-PROBLEMS = ("missing", "unexpected", "wrong shape")
+PROBLEMS = ("missing", "unexpected", "wrong shape", "nonfinite")
+FLOATS = tuple(DTYPES[name] for name in ("float16", "bfloat16", "float32", "float64"))
 
 
 class Converted(NamedTuple):
@@ -28,6 +32,16 @@ class Converted(NamedTuple):
     network: dict
     variables: dict
     notes: dict[str, list[str]]
+
+
+def import_file(path: Path, weights: str, *arguments, **options) -> tuple[Contents, Converted]:
+    """What a file holds, and variables made of it; `weights` as in `open_contents`, the rest as in `import_weights`."""
+    content = read_torch_file(path)
+    try:
+        contents = open_contents(content, weights)
+        return contents, import_weights(contents, *arguments, **options)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def import_weights(
@@ -49,7 +63,8 @@ def import_weights(
       seed: of initialised parameters.
 
     Raises:
-      ValueError: unknown or unrecognised model, or problems that are not allowed (the message lists the keys).
+      ValueError: unknown or unrecognised model, problems that are not allowed (the message lists the keys), or weights
+        that are not of floating point.
     """
     shapes = {key: array.shape for key, array in contents.state_dict.items()}
     name = name or recognise(shapes)
@@ -62,21 +77,26 @@ def import_weights(
     native = names.model_shapes(**network)
     expected = names.in_torch(native)
     problems = names.compare(shapes, expected)
-    if num_classes not in (None, names.head_rows(shapes)):
-        replaced = {key for key in expected if key.split(".")[0] in names.HEADS}
-        problems = {kind: [key for key in keys if key not in replaced] for kind, keys in problems.items()}
+    new_head = num_classes not in (None, names.head_rows(shapes))
+    replaced = {key for key in expected if new_head and key.split(".")[0] in names.HEADS}
+    problems = {kind: [key for key in keys if key not in replaced] for kind, keys in problems.items()}
+    # Copies: the file's own arrays, which may be the file mapped, can be let go of.
+    flat = {}
+    for path, key in zip(native, expected, strict=True):
+        if key in replaced or shapes.get(key) != expected[key]:
+            continue
+        if state_dict[key].dtype not in FLOATS:
+            raise ValueError(f"{key} is of {state_dict[key].dtype}, expected one of {', '.join(map(str, FLOATS))}")
+        with np.errstate(over="ignore"):
+            flat[path] = np.array(names.from_torch(path, state_dict[key]), np.float32, order="C")
+        if not np.isfinite(flat[path]).all():
+            problems.setdefault("nonfinite", []).append(key)
     refused = {kind: keys for kind, keys in problems.items() if keys and kind not in allow}
     if refused:
         raise ValueError(
             f"these are not the parameters of {name}\n{names.describe(refused, shapes, expected)}\n"
             f"--allow={','.join(kind.replace(' ', '_') for kind in refused)} goes on all the same."
         )
-    # Copies: the file's own arrays, which may be the file mapped, can be let go of.
-    flat = {
-        path: np.array(names.from_torch(path, state_dict[key]), np.float32, order="C")
-        for path, key in zip(native, expected, strict=True)
-        if shapes.get(key) == expected[key]
-    }
     adapted = adapt(network, traverse_util.unflatten_dict(flat), num_classes, image_size, seed)
     zeros = [f"{key}[:, {row}]" for key, n in rows.items() for row in range(n)]
     notes = {
@@ -99,10 +119,13 @@ def recognise(shapes: names.Shapes) -> str:
         if names.torch_name(("params", *variant.model.signature.split("/"))) not in shapes:
             continue
         expected = names.in_torch(names.model_shapes(**names.network_of(name, shapes)))
-        distance[name] = sum(len(keys) for keys in names.compare(shapes, expected).values())
+        problems = names.compare(shapes, expected)
+        headless = [key for key in problems.pop("missing", ()) if key.split(".")[0] not in names.HEADS]
+        distance[name] = len(headless) + sum(map(len, problems.values()))
     nearest = [name for name in distance if distance[name] == min(distance.values())]
     if not nearest:
-        raise ValueError(f"no model is known by these keys: {', '.join(list(shapes)[:10])} ...; --model names one")
+        listed = ", ".join(map(brief, list(shapes)[: names.LISTED]))
+        raise ValueError(f"no model is known by these keys: {listed} ...; --model names one")
     if len(nearest) > 1:
         raise ValueError(f"these keys and shapes fit {', '.join(nearest)} equally well: --model says which it is")
     return nearest[0]

@@ -24,6 +24,7 @@ from flax import traverse_util
 
 from vitpyramid.models.backbone import Backbone, PositionTable
 from vitpyramid.models.registry import create_model
+from vitpyramid.weights.pickles import brief
 
 TORCH_LEAF = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 # Axes of a Flax array in PyTorch's order, by last part of the path and number of dimensions: linear, convolutions of
@@ -41,6 +42,9 @@ HEADS = ("head", "head_dist")
 # Counters that PyTorch's BatchNorm keeps and never uses: ignored on the way in, zero on the way out.
 COUNTER = "num_batches_tracked"
 LISTED = 10
+# Of any network: position tables and heads are made of these numbers, which files and commands may claim.
+LARGEST_SIDE = 4096
+MOST_CLASSES = 100_000
 
 Path = tuple[str, ...]
 Shapes = dict[str, tuple[int, ...]]
@@ -155,7 +159,11 @@ def head_rows(torch_shapes: Shapes) -> int | None:
 
 @functools.lru_cache(maxsize=64)
 def model_shapes(name: str, num_classes: int, image_size: int | tuple[int, int]) -> dict[Path, tuple[int, ...]]:
-    """Flax shapes by path of the model called `name`."""
+    """Flax shapes by path of the model called `name`; `ValueError` beyond `LARGEST_SIDE` or `MOST_CLASSES`."""
+    if num_classes > MOST_CLASSES or np.max(image_size) > LARGEST_SIDE:
+        raise ValueError(
+            f"{num_classes} classes, image size {image_size}: expected at most {MOST_CLASSES} and {LARGEST_SIDE}"
+        )
     model = create_model(name, num_classes=num_classes, image_size=image_size)
     images = jax.ShapeDtypeStruct((1, *model.height_width, 3), np.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
@@ -178,7 +186,8 @@ def describe(problems: Mapping[str, list[str]], shapes: Shapes, expected: Shapes
     for kind, keys in problems.items():
         lines.append(f"{kind} ({len(keys)}):")
         for key in keys[:LISTED]:
-            lines.append(f"  {key} {shapes[key]}, expected {expected[key]}" if kind == "wrong shape" else f"  {key}")
+            wrong = f" {shapes[key]}, expected {expected[key]}" if kind == "wrong shape" else ""
+            lines.append(f"  {brief(key)}{wrong}")
         lines += ["  ..."] if len(keys) > LISTED else []
     return "\n".join(lines)
 

@@ -6,8 +6,10 @@ them, and is put together by hand.
 
 import argparse
 import collections
+import datetime
 import pathlib
 import pickle
+import random
 import struct
 
 import numpy as np
@@ -56,6 +58,22 @@ if __name__ == "__main__":
         "device": torch.device("cpu"),
         "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"params": [0]}]},
     }
+    average = torch.optim.swa_utils.AveragedModel(torch.nn.Linear(2, 1))
+    others = {
+        "state_dict": {**average.state_dict(), "none": None, "scalar": 2.0},
+        "sets": ({1, 2}, frozenset({"a"}), (1.5, None), {(0, 1): "a tuple", 0.5: "a number"}),
+        "rng": [np.random.RandomState(0).get_state(), np.random.default_rng(0), np.random.RandomState(0)],
+        "date": datetime.datetime(2020, 1, 1),
+        "queue": collections.deque([1, 2]),
+        "best": np.float32(1.5),
+        "random": random.Random(0).getstate(),
+        "numbers": np.arange(3),
+        "defaults": collections.defaultdict(list, a=[1]),
+        "milestones": collections.Counter([3, 6]),
+    }
+    save("others.pth", others)
+    save("others_4.pth", others, pickle_protocol=4)
+    save("whole.pth", torch.nn.Linear(2, 1))
     state["state_dict"]._metadata = {"": {"version": 1}}
     save("training.pth.tar", state)
     torch.serialization.set_crc32_options(False)
