@@ -20,11 +20,12 @@ import jax
 import vitpyramid
 from vitpyramid.models.registry import get_variant
 from vitpyramid.tools.arguments import at_least
+from vitpyramid.weights.containers import open_contents
 from vitpyramid.weights.fetch import fetch, sha256
-from vitpyramid.weights.importer import PROBLEMS, import_file
+from vitpyramid.weights.importer import PROBLEMS, import_weights
 from vitpyramid.weights.names import LARGEST_SIDE, LISTED, MOST_CLASSES, flax_to_torch
 from vitpyramid.weights.pickles import brief
-from vitpyramid.weights.reader import INDEX, parts
+from vitpyramid.weights.reader import INDEX, parts, read_torch_file
 from vitpyramid.weights.store import CONVERTED, read_weights, write_weights
 
 
@@ -56,7 +57,11 @@ def to_orbax(
         raise ValueError(f"{path}: expected a file of PyTorch weights, this is a folder (--to-torch converts folders)")
     digest = sha256(path)
     print(f"reading {path} ({path.stat().st_size / 1e6:.1f} MB, SHA-256 {digest})")
-    contents, converted = import_file(path, weights, name, num_classes, image_size, allow, seed)
+    try:
+        contents = open_contents(read_torch_file(path), weights)
+        converted = import_weights(contents, name, num_classes, image_size, allow, seed)
+    except ValueError as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     prefix = f" behind '{brief(contents.prefix)}'" if contents.prefix else ""
     print(f"took {contents.container}, {contents.names} names{prefix}")
     params = sum(array.size for array in jax.tree.leaves(converted.variables["params"]))

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Collection
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -11,9 +10,8 @@ from flax import traverse_util
 from vitpyramid.models.registry import VARIANTS, create_model
 from vitpyramid.weights import names
 from vitpyramid.weights.adapt import adapt
-from vitpyramid.weights.containers import Contents, open_contents
+from vitpyramid.weights.containers import Contents
 from vitpyramid.weights.pickles import DTYPES, brief
-from vitpyramid.weights.reader import read_torch_file
 
 PROBLEMS = ("missing", "unexpected", "wrong shape", "nonfinite")
 FLOATS = tuple(DTYPES[name] for name in ("float16", "bfloat16", "float32", "float64"))
@@ -32,16 +30,6 @@ class Converted(NamedTuple):
     network: dict
     variables: dict
     notes: dict[str, list[str]]
-
-
-def import_file(path: Path, weights: str, *arguments, **options) -> tuple[Contents, Converted]:
-    """What a file holds, and variables made of it; `weights` as in `open_contents`, the rest as in `import_weights`."""
-    content = read_torch_file(path)
-    try:
-        contents = open_contents(content, weights)
-        return contents, import_weights(contents, *arguments, **options)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def import_weights(

@@ -6,8 +6,10 @@ import flax.linen as nn
 
 from vitpyramid.models.registry import create_model
 from vitpyramid.weights.adapt import adapt
-from vitpyramid.weights.importer import import_file
+from vitpyramid.weights.containers import open_contents
+from vitpyramid.weights.importer import import_weights
 from vitpyramid.weights.names import check_variables
+from vitpyramid.weights.reader import read_torch_file
 
 
 def load_pretrained(
@@ -42,15 +44,16 @@ def load_pretrained(
     from vitpyramid.weights.store import read_weights
 
     path = fetch(path_or_dir)
-    if not path.is_dir():
-        _, (network, variables, _) = import_file(path, weights, name, num_classes, image_size, seed=seed)
-        return create_model(**network), variables
     try:
-        stored = read_weights(path, weights)
-        if name not in (None, stored.network["name"]):
-            raise ValueError(f"expected weights of {name}, these are of {stored.network['name']}")
-        check_variables(stored.network, stored.variables)
-        network, variables, *_ = adapt(stored.network, stored.variables, num_classes, image_size, seed)
+        if path.is_dir():
+            stored = read_weights(path, weights)
+            if name not in (None, stored.network["name"]):
+                raise ValueError(f"expected weights of {name}, these are of {stored.network['name']}")
+            check_variables(stored.network, stored.variables)
+            network, variables, *_ = adapt(stored.network, stored.variables, num_classes, image_size, seed)
+        else:
+            contents = open_contents(read_torch_file(path), weights)
+            network, variables, _ = import_weights(contents, name, num_classes, image_size, seed=seed)
     except ValueError as error:
         raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     return create_model(**network), variables
