@@ -55,6 +55,8 @@ def main(argv: list[str]) -> int:
     config_file = config_flags.get_config_filename(FLAGS["config"])
     workdir = Path(FLAGS.workdir or Path("runs", Path(config_file.split(":")[0]).stem))
     try:
+        if "://" in FLAGS.workdir:  # Path would make a local folder of that name
+            raise ConfigError(f"--workdir={FLAGS.workdir}: expected a folder; a bucket can be mounted, as gcsfuse does")
         validate(CONFIG.value, base.get_config(), jax.device_count(), evaluation=FLAGS.mode == "eval")
         task = make_task(CONFIG.value)
         if FLAGS.mode == "eval":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,9 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from configs import quickstart
 from test_toy_task import ROOT, boxes, records
-from vitpyramid.tasks import ConfigError
+from vitpyramid.tasks import ConfigError, make_task
 from vitpyramid.train import loop
 from vitpyramid.train.workdir import held
 from vitpyramid.weights import intact, store
@@ -115,6 +118,7 @@ def test_no_space_is_told_before_it_is_written(tmp_path, monkeypatch):
         (["--workdir={file}"], 74, "{file}: File exists"),
         (["--workdir={file}/run"], 74, "{file}/run: Not a directory"),
         (["--workdir={folder}/" + "x" * 300], 74, "File name too long"),
+        (["--workdir=gs://bucket/run"], 1, "--workdir=gs://bucket/run: expected a folder"),
         (["--num_processes=2"], 1, "--coordinator_address, which is missing"),
         (["--process_id=1"], 1, "--coordinator_address, which is missing"),
         (["--distributed"], 1, "--distributed: cannot find the other processes"),
@@ -132,3 +136,21 @@ def test_one_line_and_an_exit_code(args, code, words, tmp_path, data_dir):
     assert words.format(**names) in output.splitlines()[-1]
     assert "Traceback" not in output
     assert Path(names["file"]).read_text() == "content"
+
+
+def test_an_image_that_cannot_be_read_is_an_input_error(tmp_path):
+    for split in ("train", "val"):
+        for name in "ab":
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for i in range(8):
+                Image.new("RGB", (40, 40), (i, 20, 30)).save(folder / f"{i}.png")
+    broken = tmp_path / "data" / "train" / "b" / "3.png"
+    broken.write_bytes(b"no image")
+    config = quickstart.get_config()
+    config.update_from_flattened_dict({"data.name": "folder", "data.data_dir": str(tmp_path / "data")})
+    config.update_from_flattened_dict({"data.eval_split": "val", "model.num_classes": 0, "batch_size": 16})
+    batches = make_task(config).train_batches(0)
+    with pytest.raises(OSError, match=re.escape(str(broken))) as error:  # main.py prints these and ends with 74
+        next(batches)
+    assert "\n" not in str(error.value)

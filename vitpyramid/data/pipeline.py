@@ -28,6 +28,10 @@ _SKIPPED: set[str] = set()  # places of examples that a warning was logged for; 
 _MOST_SKIPPED = 100  # examples in a row; more are no damaged files but a disk that is gone
 
 
+class UnreadableError(OSError, ValueError):
+    """Examples that cannot be read; the message says which, where they lie, and why."""
+
+
 def make_train(
     config, source: Source, start_step: int = 0, process_index: int = 0, process_count: int = 1
 ) -> "BatchIterator":
@@ -63,8 +67,9 @@ def make_train(
       batch_size // process_count. With `on_corrupt` "skip" also "skipped": bool [b], True where another example stands.
 
     Raises:
-      ValueError: `batch_size` is no multiple of `process_count`, or see `train_order`. From the iterator: a record that
-        cannot be read, with its split, index and file; with `on_corrupt` "skip", a hundred in a row that cannot.
+      ValueError: `batch_size` is no multiple of `process_count`, or see `train_order`.
+      UnreadableError: from the iterator; a record that cannot be read, with its split, index and file; with
+        `on_corrupt` "skip", a hundred in a row that cannot.
     """
     rows = host_rows("batch_size", config.batch_size, process_index, process_count)
     load = functools.partial(
@@ -98,8 +103,9 @@ def make_eval(config, source: Source, process_index: int = 0, process_count: int
       True for an example that cannot be read: black, label 0 and mask False, like padding.
 
     Raises:
-      ValueError: as `make_train`. From the iterator, at the end: with `on_corrupt` "skip", not one of this host's
-        examples can be read.
+      ValueError: as `make_train`.
+      UnreadableError: from the iterator, as `make_train`; with `on_corrupt` "skip", at the end, if not one of this
+        host's examples could be read.
     """
     rows = host_rows("eval.batch_size", config.eval.batch_size, process_index, process_count)
     load = functools.partial(
@@ -137,7 +143,7 @@ class EvalBatches:
         finally:
             batches.close()
         if skipped and not read:  # a host may have nothing but padding
-            raise ValueError(
+            raise UnreadableError(
                 f"data.on_corrupt: {self._source.name!r}, split {self._source.split!r}: none of the {skipped} examples "
                 "of this host can be read, expected at least one."
             )
@@ -245,7 +251,7 @@ def _read_or_next(source: Source, index: int, pixels: Pixels, skip: bool) -> Bat
         example = _read(source, (index + offset) % len(source), pixels, skip)
         if example is not None:
             return example | ({"skipped": np.bool_(offset > 0)} if skip else {})
-    raise ValueError(
+    raise UnreadableError(
         f"data.on_corrupt: {source.name!r}, split {source.split!r}: none of the {tries} examples from index {index} on "
         "can be read."
     )
@@ -260,7 +266,7 @@ def _read(source: Source, index: int, pixels: Pixels, skip: bool) -> Batch | Non
     except Exception as error:
         place = f"{source.name!r}, split {source.split!r}, index {index} ({source.where(index)})"
         if not skip:
-            raise ValueError(f"{place}: {error}") from error
+            raise UnreadableError(f"{place}: {error}") from error
         if place not in _SKIPPED:
             _SKIPPED.add(place)
             log.warning("skipped %s: %s", place, error)
