@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vitpyramid.models.forms import at_least_float32
+
 # timm's trunc_normal_(std=.02) cuts at -2 and 2, a hundred standard deviations: a plain normal.
 normal_init = nn.initializers.normal(0.02)
 # PyTorch's default for weights of Linear and Conv: uniform in +-1 / sqrt(fan_in).
@@ -20,11 +22,6 @@ def torch_bias_init(fan_in: int):
         return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
 
     return init
-
-
-def at_least_float32(dtype):
-    """`dtype` promoted to float32 if it is narrower: the dtype of softmax, statistics, logits and losses."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def linear(features: int, dtype, name: str, use_bias: bool = True, torch_init_from: int | None = None) -> nn.Dense:

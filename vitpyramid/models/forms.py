@@ -1,0 +1,58 @@
+"""Sums that are written twice: once as a TPU computes them best, once for all other devices.
+
+Which form is compiled follows from the device that a program is lowered for; the other is dropped before the compiler
+sees it. The `_tpu` functions can be called anywhere: tests compare them. benchmarks/tpu.md has what each one saves.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+_convolve = functools.partial(jax.lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def at_least_float32(dtype):
+    """`dtype` promoted to float32 if it is narrower: the dtype of softmax, statistics, logits and losses."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def widening_convolution(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype) -> jax.Array:
+    """Grouped 3 x 3 convolution of stride 2, padded by 1; each input channel makes `features / C` outputs.
+
+    Nine shifted products: XLA on CPU takes seconds for the gradient of a grouped convolution with several outputs a
+    group, a hundred times as long. On a TPU they do not reach the matrix unit; a dense convolution whose kernel is zero
+    between groups does, and its C times as many multiplications cost less.
+
+    Args:
+      x: `[B, h, w, C]`.
+      kernel: `[3, 3, 1, features]`, group-major.
+      bias: `[features]`.
+
+    Returns:
+      `[B, ceil(h / 2), ceil(w / 2), features]` in `dtype`.
+    """
+    default, tpu = (functools.partial(form, dtype=dtype) for form in (widening_products, widening_convolution_tpu))
+    return jax.lax.platform_dependent(x, kernel, bias, tpu=tpu, default=default)
+
+
+def widening_products(x, kernel, bias, dtype):
+    b, height, width, dim = x.shape
+    h, w = -(-height // 2), -(-width // 2)
+    # The sum of nine products is kept in at least float32, as a convolution keeps it.
+    x, kernel, bias = (array.astype(at_least_float32(dtype)) for array in (x, kernel, bias))
+    kernel = kernel.reshape(3, 3, dim, -1)
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))[..., None]
+    out = bias.reshape(dim, -1)
+    for i in range(3):
+        for j in range(3):
+            out = out + x[:, i : i + 2 * h - 1 : 2, j : j + 2 * w - 1 : 2] * kernel[i, j]
+    return out.reshape(b, h, w, -1).astype(dtype)
+
+
+def widening_convolution_tpu(x, kernel, bias, dtype):
+    x, kernel, bias = (array.astype(dtype) for array in (x, kernel, bias))
+    dim, features = x.shape[-1], kernel.shape[-1]
+    group = jnp.arange(features) // (features // dim)
+    kernel = jnp.where(group == jnp.arange(dim)[:, None], kernel, 0)  # [3, 3, C, features]
+    return _convolve(x, kernel, (2, 2), [(1, 1)] * 2) + bias
