@@ -19,6 +19,13 @@ CASES = {
         (shape, (3, 3, 1, times * shape[-1]), (times * shape[-1],)),
     )
     for shape, times in [((2, 9, 6, 4), 2), ((1, 1, 2, 3), 2), ((2, 8, 7, 5), 3)]
+} | {
+    f"reduction {shape} / {sr}": (
+        forms.reducing_convolution_tpu,
+        forms.reducing_products,
+        (shape, (sr + 1, sr + 1, 1, shape[-1]), (shape[-1],)),
+    )
+    for shape, sr in [((2, 9, 17, 4), 8), ((1, 3, 8, 3), 4), ((2, 7, 6, 5), 2)]
 }
 
 

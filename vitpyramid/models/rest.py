@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vitpyramid.models import forms
 from vitpyramid.models.attention import Block, attend, output_dropout
 from vitpyramid.models.backbone import Backbone, Level, Stage, Variant
 from vitpyramid.models.layers import (
@@ -100,9 +101,7 @@ class PatchEmbed(nn.Module):
 class ReduceConv(nn.Module):
     """Depthwise convolution, kernel `sr_ratio + 1`, stride `sr_ratio`, padding `sr_ratio // 2`; `sr_ratio` is even.
 
-    Computed element by element on windows that share one row and one column with the next: the same sum, and on CPU its
-    gradient takes a hundredth of the time of the strided convolution's. Parameters are those of the convolution:
-    `kernel [sr + 1, sr + 1, 1, C]`, `bias [C]`.
+    Parameters are those of the convolution: `kernel [sr + 1, sr + 1, 1, C]`, `bias [C]`.
     """
 
     sr_ratio: int
@@ -111,18 +110,10 @@ class ReduceConv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, h, w, C]` -> `[B, ceil(h / sr), ceil(w / sr), C]`."""
-        sr, (b, height, width, c) = self.sr_ratio, x.shape
+        sr, c = self.sr_ratio, x.shape[-1]
         kernel = self.param("kernel", normal_init, (sr + 1, sr + 1, 1, c))
         bias = self.param("bias", torch_bias_init((sr + 1) ** 2), (c,))
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        h, w = -(-height // sr), -(-width // sr)
-        before = sr // 2
-        pad = [(before, (cells + 1) * sr - before - side) for cells, side in ((h, height), (w, width))]
-        x = jnp.pad(x, [(0, 0), *pad, (0, 0)]).reshape(b, h + 1, sr, w + 1, sr, c)
-        x = jnp.concatenate([x[:, :h], x[:, 1:, :1]], axis=2)
-        x = jnp.concatenate([x[:, :, :, :w], x[:, :, :, 1:, :1]], axis=4)  # [B, h', sr + 1, w', sr + 1, C]
-        x = (x * kernel[:, None, :, 0]).sum((2, 4), dtype=at_least_float32(self.dtype))
-        return x.astype(self.dtype) + bias
+        return forms.reducing_convolution(x, kernel, bias, self.dtype)
 
     @nn.nowrap
     def elementwise_macs(self, out: jax.Array) -> int:
