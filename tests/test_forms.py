@@ -12,21 +12,32 @@ from harness import quick_jit
 from vitpyramid.models import forms
 
 # Name: the form of a TPU, that of other devices, their other arguments, and shapes of inputs.
-CASES = {
-    f"pool {shape} x {times}": (
-        forms.widening_convolution_tpu,
-        forms.widening_products,
-        (shape, (3, 3, 1, times * shape[-1]), (times * shape[-1],)),
-    )
-    for shape, times in [((2, 9, 6, 4), 2), ((1, 1, 2, 3), 2), ((2, 8, 7, 5), 3)]
-} | {
-    f"reduction {shape} / {sr}": (
-        forms.reducing_convolution_tpu,
-        forms.reducing_products,
-        (shape, (sr + 1, sr + 1, 1, shape[-1]), (shape[-1],)),
-    )
-    for shape, sr in [((2, 9, 17, 4), 8), ((1, 3, 8, 3), 4), ((2, 7, 6, 5), 2)]
-}
+CASES = (
+    {
+        f"pool {shape} x {times}": (
+            forms.widening_convolution_tpu,
+            forms.widening_products,
+            (shape, (3, 3, 1, times * shape[-1]), (times * shape[-1],)),
+        )
+        for shape, times in [((2, 9, 6, 4), 2), ((1, 1, 2, 3), 2), ((2, 8, 7, 5), 3)]
+    }
+    | {
+        f"reduction {shape} / {sr}": (
+            forms.reducing_convolution_tpu,
+            forms.reducing_products,
+            (shape, (sr + 1, sr + 1, 1, shape[-1]), (shape[-1],)),
+        )
+        for shape, sr in [((2, 9, 17, 4), 8), ((1, 3, 8, 3), 4), ((2, 7, 6, 5), 2)]
+    }
+    | {
+        f"patches {shape} / {patch}": (
+            forms.patch_convolution_tpu,
+            forms.patch_matrix_product,
+            (shape, (patch, patch, shape[-1], 7), (7,)),
+        )
+        for shape, patch in [((2, 9, 8, 3), 4), ((1, 4, 7, 5), 2)]
+    }
+)
 
 
 def value_and_gradients(form, inputs, dtype) -> list:

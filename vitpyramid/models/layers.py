@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vitpyramid.models import forms
 from vitpyramid.models.forms import at_least_float32
 
 # timm's trunc_normal_(std=.02) cuts at -2 and 2, a hundred standard deviations: a plain normal.
@@ -40,9 +41,7 @@ def layer_norm(epsilon: float, dtype, name: str) -> nn.LayerNorm:
 class PatchConv(nn.Module):
     """Convolution whose kernel equals its stride, without padding: patches do not overlap.
 
-    Computed as a reshape and one matrix product, which is the same sum: on CPU the gradient of PVT's 8 x 8 reduction
-    takes less than a third of the strided convolution's time, the others are level (benchmarks/README.md). Rows and
-    columns that do not fill a patch are dropped, as VALID padding does.
+    Rows and columns that do not fill a patch are dropped, as VALID padding does.
     Parameters are those of the convolution: `kernel [p, p, C_in, C_out]`, `bias [C_out]`, initialised as PyTorch does.
     """
 
@@ -53,14 +52,10 @@ class PatchConv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, H, W, C_in]` -> `[B, H // p, W // p, C_out]`."""
-        p, (b, height, width, c) = self.patch, x.shape
-        h, w = height // p, width // p
+        p, c = self.patch, x.shape[-1]
         kernel = self.param("kernel", torch_kernel_init, (p, p, c, self.features))
         bias = self.param("bias", torch_bias_init(p * p * c), (self.features,))
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        x = x[:, : h * p, : w * p].reshape(b, h, p, w, p, c)
-        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h, w, p * p * c)
-        return x @ kernel.reshape(p * p * c, self.features) + bias
+        return forms.patch_product(x, kernel, bias, self.dtype)
 
 
 class Mlp(nn.Module):
