@@ -129,3 +129,32 @@ def patch_matrix_product(x, kernel, bias, dtype):
 def patch_convolution_tpu(x, kernel, bias, dtype):
     x, kernel, bias = (array.astype(dtype) for array in (x, kernel, bias))
     return _convolve(x, kernel, kernel.shape[:2], "VALID") + bias
+
+
+def packed_linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, heads: int, parts: int, dtype):
+    """Several linear layers into heads, their weights beside each other: `[part 0 | part 1 | ...]`, each head-major.
+
+    One product, cut afterwards. A TPU has to copy the parts out of it, in both directions; it takes one product a part.
+
+    Args:
+      x: `[B, N, C]`.
+      kernel: `[C, parts * heads * d]`.
+      bias: `[parts * heads * d]` or None.
+
+    Returns:
+      `parts` arrays `[B, N, heads, d]` in `dtype`.
+    """
+    return _by_device(separate_products_tpu, packed_product, x, kernel, bias, heads=heads, parts=parts, dtype=dtype)
+
+
+def packed_product(x, kernel, bias, heads, parts, dtype):
+    x, kernel = x.astype(dtype), kernel.astype(dtype)
+    packed = jnp.dot(x, kernel) if bias is None else jnp.dot(x, kernel) + bias.astype(dtype)
+    return tuple(jnp.moveaxis(packed.reshape(*x.shape[:2], parts, heads, -1), 2, 0))
+
+
+def separate_products_tpu(x, kernel, bias, heads, parts, dtype):
+    kernels = jnp.split(kernel, parts, axis=1)
+    biases = [None] * parts if bias is None else jnp.split(bias, parts)
+    pairs = zip(kernels, biases, strict=True)
+    return tuple(packed_product(x, kernel, bias, heads, 1, dtype)[0] for kernel, bias in pairs)

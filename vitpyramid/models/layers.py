@@ -33,6 +33,29 @@ def linear(features: int, dtype, name: str, use_bias: bool = True, torch_init_fr
     return nn.Dense(features, use_bias, dtype, kernel_init=torch_kernel_init, bias_init=bias_init, name=name)
 
 
+class PackedLinear(nn.Module):
+    """`parts` dense layers into heads with one `kernel [C, parts * C]` and, if `use_bias`, `bias [parts * C]`.
+
+    Their weights stand beside each other, `[part 0 | part 1 | ...]`, each head-major; initialised as `linear`'s.
+    """
+
+    parts: int
+    heads: int
+    dtype: jnp.dtype
+    use_bias: bool = True
+    torch_init: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """`[B, N, C]` -> `parts` arrays `[B, N, heads, C / heads]`."""
+        dim = x.shape[-1]
+        kernel_init = torch_kernel_init if self.torch_init else normal_init
+        bias_init = torch_bias_init(dim) if self.torch_init else nn.initializers.zeros
+        kernel = self.param("kernel", kernel_init, (dim, self.parts * dim))
+        bias = self.param("bias", bias_init, (self.parts * dim,)) if self.use_bias else None
+        return forms.packed_linear(x, kernel, bias, self.heads, self.parts, self.dtype)
+
+
 def layer_norm(epsilon: float, dtype, name: str) -> nn.LayerNorm:
     """LayerNorm over channels. Statistics in at least float32 and in two passes (the fast form loses digits)."""
     return nn.LayerNorm(epsilon, dtype, use_fast_variance=False, name=name)

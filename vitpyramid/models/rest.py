@@ -23,6 +23,7 @@ from vitpyramid.models.backbone import Backbone, Level, Stage, Variant
 from vitpyramid.models.layers import (
     BatchNorm,
     Mlp,
+    PackedLinear,
     at_least_float32,
     layer_norm,
     linear,
@@ -158,8 +159,7 @@ class EfficientAttention(nn.Module):
             source = x.reshape(b, *self.grid, dim)
             source = ReduceConv(self.sr_ratio, self.dtype, name="sr")(source)
             source = layer_norm(1e-5, self.dtype, "sr_norm")(source.reshape(b, -1, dim))
-        key_value = linear(2 * dim, self.dtype, "kv")(source).reshape(b, -1, 2, self.heads, dim // self.heads)
-        key, value = key_value[:, :, 0], key_value[:, :, 1]
+        key, value = PackedLinear(2, self.heads, self.dtype, name="kv")(source)
         attention = functools.partial(attend, self) if self.heads == 1 else self.attend_mixed
         x = attention(query, key, value)
         return output_dropout(self.drop_rate)(linear(dim, self.dtype, "proj")(x))
