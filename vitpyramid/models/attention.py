@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vitpyramid.models.layers import DropPath, at_least_float32, layer_norm, linear
+from vitpyramid.models.layers import DropPath, PackedLinear, at_least_float32, layer_norm, linear
 
 
 def attend(module: nn.Module, query, key, value, scale: float | None = None) -> jax.Array:
@@ -55,12 +55,10 @@ class SelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, N, C]` -> `[B, N, C]`."""
-        b, n, dim = x.shape
-        torch_init_from = dim if self.torch_init else None
-        qkv = linear(3 * dim, self.dtype, "qkv", self.qkv_bias, torch_init_from)(x)
-        query, key, value = jnp.moveaxis(qkv.reshape(b, n, 3, self.heads, -1), 2, 0)
+        dim = x.shape[-1]
+        query, key, value = PackedLinear(3, self.heads, self.dtype, self.qkv_bias, self.torch_init, name="qkv")(x)
         x = attend(self, query, key, value, self.scale)
-        x = linear(dim, self.dtype, "proj", torch_init_from=torch_init_from)(x)
+        x = linear(dim, self.dtype, "proj", torch_init_from=dim if self.torch_init else None)(x)
         return output_dropout(self.drop_rate)(x)
 
 

@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vitpyramid.models import forms
+from vitpyramid.models.forms import at_least_float32
+
 # timm's trunc_normal_(std=.02) cuts at -2 and 2, a hundred standard deviations: a plain normal.
 normal_init = nn.initializers.normal(0.02)
 # PyTorch's default for weights of Linear and Conv: uniform in +-1 / sqrt(fan_in).
@@ -22,17 +25,35 @@ def torch_bias_init(fan_in: int):
     return init
 
 
-def at_least_float32(dtype):
-    """`dtype` promoted to float32 if it is narrower: the dtype of softmax, statistics, logits and losses."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
 def linear(features: int, dtype, name: str, use_bias: bool = True, torch_init_from: int | None = None) -> nn.Dense:
     """Dense layer: normal weights and zero bias, or PyTorch's default where `torch_init_from` gives the input width."""
     if torch_init_from is None:
         return nn.Dense(features, use_bias, dtype, kernel_init=normal_init, name=name)
     bias_init = torch_bias_init(torch_init_from)
     return nn.Dense(features, use_bias, dtype, kernel_init=torch_kernel_init, bias_init=bias_init, name=name)
+
+
+class PackedLinear(nn.Module):
+    """`parts` dense layers into heads with one `kernel [C, parts * C]` and, if `use_bias`, `bias [parts * C]`.
+
+    Their weights stand beside each other, `[part 0 | part 1 | ...]`, each head-major; initialised as `linear`'s.
+    """
+
+    parts: int
+    heads: int
+    dtype: jnp.dtype
+    use_bias: bool = True
+    torch_init: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """`[B, N, C]` -> `parts` arrays `[B, N, heads, C / heads]`."""
+        dim = x.shape[-1]
+        kernel_init = torch_kernel_init if self.torch_init else normal_init
+        bias_init = torch_bias_init(dim) if self.torch_init else nn.initializers.zeros
+        kernel = self.param("kernel", kernel_init, (dim, self.parts * dim))
+        bias = self.param("bias", bias_init, (self.parts * dim,)) if self.use_bias else None
+        return forms.packed_linear(x, kernel, bias, self.heads, self.parts, self.dtype)
 
 
 def layer_norm(epsilon: float, dtype, name: str) -> nn.LayerNorm:
@@ -43,9 +64,7 @@ def layer_norm(epsilon: float, dtype, name: str) -> nn.LayerNorm:
 class PatchConv(nn.Module):
     """Convolution whose kernel equals its stride, without padding: patches do not overlap.
 
-    Computed as a reshape and one matrix product, which is the same sum: on CPU the gradient of PVT's 8 x 8 reduction
-    takes less than a third of the strided convolution's time, the others are level (benchmarks/README.md). Rows and
-    columns that do not fill a patch are dropped, as VALID padding does.
+    Rows and columns that do not fill a patch are dropped, as VALID padding does.
     Parameters are those of the convolution: `kernel [p, p, C_in, C_out]`, `bias [C_out]`, initialised as PyTorch does.
     """
 
@@ -56,14 +75,10 @@ class PatchConv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, H, W, C_in]` -> `[B, H // p, W // p, C_out]`."""
-        p, (b, height, width, c) = self.patch, x.shape
-        h, w = height // p, width // p
+        p, c = self.patch, x.shape[-1]
         kernel = self.param("kernel", torch_kernel_init, (p, p, c, self.features))
         bias = self.param("bias", torch_bias_init(p * p * c), (self.features,))
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        x = x[:, : h * p, : w * p].reshape(b, h, p, w, p, c)
-        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h, w, p * p * c)
-        return x @ kernel.reshape(p * p * c, self.features) + bias
+        return forms.patch_product(x, kernel, bias, self.dtype)
 
 
 class Mlp(nn.Module):

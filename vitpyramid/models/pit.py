@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vitpyramid.models import forms
 from vitpyramid.models.attention import Block, SelfAttention
 from vitpyramid.models.backbone import DistilledBackbone, Level, PositionTable, Stage, Variant
 from vitpyramid.models.layers import (
@@ -53,9 +54,8 @@ class PatchEmbed(nn.Module):
 class PoolConv(nn.Module):
     """Grouped 3 x 3 convolution of stride 2, padded by 1 on all sides; each input channel makes `features / C` outputs.
 
-    Computed as nine shifted products, which is the same sum: XLA on CPU takes seconds for the gradient of a grouped
-    convolution with several outputs a group, a hundred times as long. Parameters are those of the convolution:
-    `kernel [3, 3, 1, features]`, `bias [features]`, initialised as PyTorch does.
+    Parameters are those of the convolution: `kernel [3, 3, 1, features]`, `bias [features]`, initialised as PyTorch
+    does.
     """
 
     features: int
@@ -64,19 +64,9 @@ class PoolConv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, h, w, C]` -> `[B, ceil(h / 2), ceil(w / 2), features]`."""
-        b, height, width, dim = x.shape
-        h, w = -(-height // 2), -(-width // 2)
         kernel = self.param("kernel", torch_kernel_init, (3, 3, 1, self.features))
         bias = self.param("bias", torch_bias_init(9), (self.features,))
-        # The sum of nine products is kept in at least float32, as a convolution keeps it.
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=at_least_float32(self.dtype))
-        kernel = kernel.reshape(3, 3, dim, -1)  # output channels are group-major
-        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))[..., None]
-        out = bias.reshape(dim, -1)
-        for i in range(3):
-            for j in range(3):
-                out = out + x[:, i : i + 2 * h - 1 : 2, j : j + 2 * w - 1 : 2] * kernel[i, j]
-        return out.reshape(b, h, w, self.features).astype(self.dtype)
+        return forms.widening_convolution(x, kernel, bias, self.dtype)
 
     @nn.nowrap
     def elementwise_macs(self, out: jax.Array) -> int:

@@ -17,6 +17,7 @@ from vitpyramid.models.attention import Block, attend, output_dropout
 from vitpyramid.models.backbone import Backbone, Level, PositionTable, Stage, Variant
 from vitpyramid.models.layers import (
     Mlp,
+    PackedLinear,
     PatchConv,
     at_least_float32,
     layer_norm,
@@ -61,8 +62,8 @@ class SpatialReductionAttention(nn.Module):
             source = x.reshape(b, *self.grid, dim)
             source = PatchConv(dim, self.sr_ratio, self.dtype, name="sr")(source)
             source = layer_norm(1e-5, self.dtype, "norm")(source.reshape(b, -1, dim))
-        key_value = linear(2 * dim, self.dtype, "kv")(source).reshape(b, -1, 2, self.heads, dim // self.heads)
-        x = attend(self, query, key_value[:, :, 0], key_value[:, :, 1])
+        key, value = PackedLinear(2, self.heads, self.dtype, name="kv")(source)
+        x = attend(self, query, key, value)
         return output_dropout(self.drop_rate)(linear(dim, self.dtype, "proj")(x))
 
 

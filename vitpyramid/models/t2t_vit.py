@@ -17,7 +17,7 @@ import numpy as np
 
 from vitpyramid.models.attention import Block, SelfAttention, attend, output_dropout
 from vitpyramid.models.backbone import Backbone, Level, PositionTable, Stage, Variant
-from vitpyramid.models.layers import Mlp, at_least_float32, linear, normal_init, torch_bias_init
+from vitpyramid.models.layers import Mlp, PackedLinear, at_least_float32, linear, normal_init, torch_bias_init
 from vitpyramid.models.sharding import shard_batch
 from vitpyramid.models.stack import apply_blocks
 from vitpyramid.models.t2t_module import TokensToToken, token_grid
@@ -49,10 +49,8 @@ class SEAttention(SelfAttention):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, N, C]` -> `[B, N, C]`."""
-        b, n, dim = x.shape
-        qkv = linear(3 * dim, self.dtype, "qkv", self.qkv_bias)(x)
-        query, key, value = jnp.moveaxis(qkv.reshape(b, n, 3, self.heads, -1), 2, 0)
-        x = linear(dim, self.dtype, "proj")(attend(self, query, key, value, self.scale))
+        query, key, value = PackedLinear(3, self.heads, self.dtype, self.qkv_bias, name="qkv")(x)
+        x = linear(x.shape[-1], self.dtype, "proj")(attend(self, query, key, value, self.scale))
         x = SqueezeExcitation(self.dtype, name="se_layer")(x)
         return output_dropout(self.drop_rate)(x)
 

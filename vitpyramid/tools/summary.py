@@ -142,7 +142,7 @@ def stored_bytes(model, variables, height: int, width: int) -> list[int]:
 
     images = _images(batch, height, width)
     traced, (levels, _) = jax.make_jaxpr(maps_and_residuals, return_shape=True)(variables["params"], others, images)
-    jaxpr, count = traced.jaxpr, len(levels)
+    jaxpr, count = _without_platforms(traced.jaxpr), len(levels)
     _, sources = _walk(jaxpr, _input_sources(jaxpr))
     made = {var: step for step, equation in enumerate(jaxpr.eqns) for var in equation.outvars}
     ends = [made[var] for var in jaxpr.outvars[:count]]  # the step that ends each stage
@@ -175,11 +175,34 @@ def _input_sources(jaxpr) -> list[frozenset]:
     return [frozenset({"weights"})] * (len(jaxpr.invars) - 1) + [frozenset({"images"})]
 
 
+def _without_platforms(jaxpr):
+    """The program with what is written for several platforms in its form for those that are not named."""
+    equations, same = [], {}
+
+    def renamed(variables, names) -> list:
+        return [names.get(var, var) if isinstance(var, core.Var) else var for var in variables]
+
+    for equation in jaxpr.eqns:
+        equation = equation.replace(invars=renamed(equation.invars, same))
+        platforms = equation.params.get("branches_platforms")
+        if platforms is None:
+            equations.append(equation)
+            continue
+        form = equation.params["branches"][platforms.index(None)].jaxpr
+        inner = dict(zip(form.invars, equation.invars[1:], strict=True))
+        for step in form.eqns:
+            inputs = renamed(step.invars, inner)
+            inner |= {var: core.Var(var.aval) for var in step.outvars}  # a form may be used several times
+            equations.append(step.replace(invars=inputs, outvars=renamed(step.outvars, inner)))
+        same |= zip(equation.outvars, renamed(form.outvars, inner), strict=True)
+    return jaxpr.replace(eqns=equations, outvars=renamed(jaxpr.outvars, same))
+
+
 def _walk(jaxpr, inputs: list[frozenset]) -> tuple[int, dict]:
     """Multiply-accumulates of `jaxpr`, and the sources of each of its variables, given those of its inputs."""
     sources = dict(zip(jaxpr.invars, inputs, strict=True))
     macs = 0
-    for equation in jaxpr.eqns:
+    for equation in _without_platforms(jaxpr).eqns:
         variables = [var if isinstance(var, core.Var) else None for var in equation.invars]
         operands = [sources.get(var, frozenset()) for var in variables]
         macs += _equation_macs(equation, operands)

@@ -1,0 +1,167 @@
+"""What the TPU's compiler estimates a layer or a whole training step to cost, on a machine without a TPU.
+
+    python benchmarks/tpu.py [--layers "pit pool 27" "rest sr 8"]
+    python benchmarks/tpu.py --config=configs/pit.py:s --topology=v5e:4x4 --blocks=1
+
+Needs `jax[tpu]`, whose libtpu compiles for a topology that is not there. Prints cycles of one chip, and bytes of
+temporary memory: the compiler's estimates, not measurements. A layer is its forward and backward pass on one device, in
+bfloat16 with float32 parameters, and chooses its own layouts: confirm it in the step. `--blocks` is the number of
+transformer blocks in each stage: one tells most of the story in a fraction of the compile time.
+"""
+
+import argparse
+import collections
+import dataclasses
+import os
+import re
+
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # another process may have it open
+}
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from vitpyramid.models import layers, pit, rest
+from vitpyramid.models.attention import SelfAttention
+from vitpyramid.tasks import make_task
+from vitpyramid.tools import config_args
+from vitpyramid.train import program
+from vitpyramid.train.sharding import make_mesh
+
+BF16 = jnp.bfloat16
+
+
+# Module and the shape of an image's input.
+LAYERS = {
+    "pit pool 27": (pit.PoolConv(288, BF16), (27, 27, 144)),
+    "pit pool 14": (pit.PoolConv(576, BF16), (14, 14, 288)),
+    "rest sr 8": (rest.ReduceConv(8, BF16), (56, 56, 96)),
+    "rest sr 4": (rest.ReduceConv(4, BF16), (28, 28, 192)),
+    "rest sr 2": (rest.ReduceConv(2, BF16), (14, 14, 384)),
+    "patch 4": (layers.PatchConv(64, 4, BF16), (224, 224, 3)),
+    "patch 16": (layers.PatchConv(384, 16, BF16), (224, 224, 3)),
+    "pvt sr 8": (layers.PatchConv(64, 8, BF16), (56, 56, 64)),
+    "attention 197": (SelfAttention(6, qkv_bias=True, dtype=BF16), (197, 384)),
+}
+
+
+def compile_layer(module: nn.Module, shape: tuple[int, ...], images: int, device: jax.Device) -> jax.stages.Compiled:
+    """A layer with its gradients: of parameters and, unless that is an image, of the input."""
+    x = jax.ShapeDtypeStruct((images, *shape), BF16)
+    variables = jax.eval_shape(module.init, jax.random.key(0), x)
+    out = jax.eval_shape(module.apply, variables, x)
+
+    def both(variables, x, cotangent):
+        if shape[-1] == 3:
+            out, backward = jax.vjp(lambda variables: module.apply(variables, x), variables)
+        else:
+            out, backward = jax.vjp(module.apply, variables, x)
+        return out, backward(cotangent)
+
+    sharding = SingleDeviceSharding(device)
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), (variables, x, out)
+    )
+    return jax.jit(both).lower(*shapes).compile()
+
+
+def compile_step(config, devices: list[jax.Device], blocks: int | None) -> jax.stages.Compiled:
+    """The training step that a config describes."""
+    task = make_task(config)
+    if blocks:
+        task = dataclasses.replace(task, model=with_blocks(task.model, blocks))
+    mesh = make_mesh(config.mesh.fsdp, devices)
+    with jax.set_mesh(mesh):
+        return program.compile_train_step(task, program.build(task, mesh), mesh)
+
+
+def with_blocks(model: nn.Module, blocks: int) -> nn.Module:
+    """The model with so many blocks in each stage."""
+    field = "depths" if hasattr(model, "depths") else "depth"
+    depths = getattr(model, field)
+    return model.clone(**{field: blocks if field == "depth" else (blocks,) * len(depths)})
+
+
+def cycles(text: str) -> collections.Counter:
+    """Estimated cycles by operation name, of a compiled program's text; bodies of loops count for each turn.
+
+    Key None counts operations without an estimate that are loops of unknown length or custom calls or collectives.
+    """
+    computations, name = {}, None
+    for line in text.splitlines():
+        if found := re.match(r"(ENTRY )?%(\S+) \(.*\{$", line):
+            name = "ENTRY" if found[1] else found[2]
+            computations[name] = []
+        elif name:
+            computations[name].append(line)
+
+    def count(name: str) -> collections.Counter:
+        total = collections.Counter()
+        for line in computations[name]:
+            op_name = re.search(r'op_name="([^"]*)"', line)
+            if found := re.search(r'"estimated_cycles":"(\d+)"', line):
+                total[op_name[1] if op_name else _kind(line)] += int(found[1])
+            if found := re.search(r" while\(.*condition=%([\w.\-]+), body=%([\w.\-]+)", line):
+                trips = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(computations[found[1]]))
+                turns = int(trips[0]) if len(trips) == 1 else 1
+                total[None] += len(trips) != 1
+                total.update({key: value * turns for key, value in count(found[2]).items()})
+            elif re.search(r" (all-reduce|all-gather|reduce-scatter|custom-call)\(", line):
+                total[None] += "estimated_cycles" not in line
+        return total
+
+    return count("ENTRY")
+
+
+def _kind(line: str) -> str:
+    found = re.search(r"= .*? ([a-z][\w\-]*)\(", line)
+    return found[1] if found else "?"
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        "tpu.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--layers", nargs="*", choices=list(LAYERS), help="which ones; default: all")
+    parser.add_argument("--topology", default="v5e:2x2")
+    parser.add_argument("--images", type=int, default=64, help="a chip")
+    parser.add_argument("--blocks", type=int, help="transformer blocks in each stage; default: all")
+    parser.add_argument("--by_operation", type=int, default=0, metavar="N", help="print the N costliest operations")
+    args, rest = parser.parse_known_args()
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices
+    print(f"jax {jax.__version__}, {devices[0].device_kind}, {args.images} images a chip; the compiler's estimates")
+    if not rest:
+        for name in args.layers or LAYERS:
+            report(name, compile_layer(*LAYERS[name], args.images, devices[0]), args.by_operation)
+        return
+    _, config = config_args.parse(argparse.ArgumentParser(allow_abbrev=False), rest)
+    config = config.copy_and_resolve_references().unlock()
+    config.batch_size = config.eval.batch_size = args.images * len(devices)
+    config.data.name = "synthetic"  # its images are never made
+    report(config.model.name, compile_step(config, devices, args.blocks), args.by_operation)
+
+
+def report(name: str, compiled: jax.stages.Compiled, operations: int) -> None:
+    """Prints a line for a program, and its costliest operations."""
+    found = cycles(compiled.as_text())
+    unknown = found.pop(None, 0)
+    temporary = compiled.memory_analysis().temp_size_in_bytes / 2**20
+    note = f", {unknown} operations without an estimate" if unknown else ""
+    print(f"{name:16}{found.total() / 1e6:8.2f} M cycles {temporary:8.0f} MiB{note}", flush=True)
+    for operation, value in found.most_common(operations):
+        print(f"  {value / 1e6:8.3f}  {operation}")
+
+
+if __name__ == "__main__":
+    main()

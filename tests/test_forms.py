@@ -1,0 +1,84 @@
+"""Sums that are written twice: both forms, by value and gradient, and which of them is compiled where."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import golden
+from harness import quick_jit
+from vitpyramid.models import forms
+
+# Name: the form of a TPU, that of other devices, their other arguments, and shapes of inputs.
+CASES = (
+    {
+        f"pool {shape} x {times}": (
+            forms.widening_convolution_tpu,
+            forms.widening_products,
+            (shape, (3, 3, 1, times * shape[-1]), (times * shape[-1],)),
+        )
+        for shape, times in [((2, 9, 6, 4), 2), ((1, 1, 2, 3), 2), ((2, 8, 7, 5), 3)]
+    }
+    | {
+        f"reduction {shape} / {sr}": (
+            forms.reducing_convolution_tpu,
+            forms.reducing_products,
+            (shape, (sr + 1, sr + 1, 1, shape[-1]), (shape[-1],)),
+        )
+        for shape, sr in [((2, 9, 17, 4), 8), ((1, 3, 8, 3), 4), ((2, 7, 6, 5), 2)]
+    }
+    | {
+        f"patches {shape} / {patch}": (
+            forms.patch_convolution_tpu,
+            forms.patch_matrix_product,
+            (shape, (patch, patch, shape[-1], 7), (7,)),
+        )
+        for shape, patch in [((2, 9, 8, 3), 4), ((1, 4, 7, 5), 2)]
+    }
+)
+
+
+def value_and_gradients(form, inputs, dtype) -> list:
+    """A form's values in `dtype`, and the gradients of their inner product with something."""
+    form = functools.partial(form, dtype=jnp.dtype(dtype))
+
+    def both(*inputs):
+        out, backward = jax.vjp(form, *inputs)
+        leaves, treedef = jax.tree.flatten(out)
+        waves = [jnp.cos(jnp.arange(leaf.size) + i).reshape(leaf.shape) for i, leaf in enumerate(leaves)]
+        return out, backward(treedef.unflatten([wave.astype(dtype) for wave in waves]))
+
+    return jax.tree.leaves(quick_jit(both)(*(jnp.asarray(x, dtype) for x in inputs)))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-12), ("float32", 1e-6), ("bfloat16", 0.02)])
+@pytest.mark.parametrize("name", CASES)
+def test_forms_are_equal(name, dtype, tolerance):
+    tpu, default, shapes = CASES[name]
+    rng = np.random.default_rng(0)
+    inputs = [rng.standard_normal(shape) for shape in shapes]
+    with jax.enable_x64(dtype == "float64"):
+        got, expected = (value_and_gradients(form, inputs, dtype) for form in (tpu, default))
+    assert len(got) > len(shapes)
+    for left, right in zip(got, expected, strict=True):
+        assert left.dtype == right.dtype == dtype
+        assert golden.relative_error(left, right) < tolerance
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cpu", "cuda"])
+def test_the_form_follows_from_the_device(platform):
+    """Also through recomputation, a loop and a mapped axis; the other form is not in the program."""
+
+    def loss(x, kernel, bias):
+        turn = jax.checkpoint(lambda x, _: (x + forms.widening_convolution(x, kernel, bias, x.dtype).sum(), None))
+        return jax.lax.scan(turn, x, length=3)[0].sum()
+
+    shapes = [(4, 1, 5, 6, 2), (4, 3, 3, 1, 4), (4, 4)]
+    function = jax.jit(jax.vmap(jax.grad(loss)))
+    traced = function.trace(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert [word in text for word in ("stablehlo.convolution", "stablehlo.pad")] == (
+        [True, False] if platform == "tpu" else [False, True]
+    )

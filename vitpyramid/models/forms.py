@@ -1,0 +1,160 @@
+"""Sums that are written twice: once as a TPU computes them best, once for all other devices.
+
+Which form is compiled follows from the device that a program is lowered for; the other is dropped before the compiler
+sees it. The `_tpu` functions can be called anywhere: tests compare them. benchmarks/tpu.md has what each one saves.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+_convolve = functools.partial(jax.lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def at_least_float32(dtype):
+    """`dtype` promoted to float32 if it is narrower: the dtype of softmax, statistics, logits and losses."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _by_device(tpu, default, *arrays, **options):
+    tpu, default = (functools.partial(form, **options) for form in (tpu, default))
+    return jax.lax.platform_dependent(*arrays, tpu=tpu, default=default)
+
+
+def widening_convolution(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype) -> jax.Array:
+    """Grouped 3 x 3 convolution of stride 2, padded by 1; each input channel makes `features / C` outputs.
+
+    Nine shifted products: XLA on CPU takes seconds for the gradient of a grouped convolution with several outputs a
+    group, a hundred times as long. On a TPU they do not reach the matrix unit; a dense convolution whose kernel is zero
+    between groups does, and its C times as many multiplications cost less.
+
+    Args:
+      x: `[B, h, w, C]`.
+      kernel: `[3, 3, 1, features]`, group-major.
+      bias: `[features]`.
+
+    Returns:
+      `[B, ceil(h / 2), ceil(w / 2), features]` in `dtype`.
+    """
+    return _by_device(widening_convolution_tpu, widening_products, x, kernel, bias, dtype=dtype)
+
+
+def widening_products(x, kernel, bias, dtype):
+    b, height, width, dim = x.shape
+    h, w = -(-height // 2), -(-width // 2)
+    # The sum of nine products is kept in at least float32, as a convolution keeps it.
+    x, kernel, bias = (array.astype(at_least_float32(dtype)) for array in (x, kernel, bias))
+    kernel = kernel.reshape(3, 3, dim, -1)
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))[..., None]
+    out = bias.reshape(dim, -1)
+    for i in range(3):
+        for j in range(3):
+            out = out + x[:, i : i + 2 * h - 1 : 2, j : j + 2 * w - 1 : 2] * kernel[i, j]
+    return out.reshape(b, h, w, -1).astype(dtype)
+
+
+def widening_convolution_tpu(x, kernel, bias, dtype):
+    x, kernel, bias = (array.astype(dtype) for array in (x, kernel, bias))
+    dim, features = x.shape[-1], kernel.shape[-1]
+    group = jnp.arange(features) // (features // dim)
+    kernel = jnp.where(group == jnp.arange(dim)[:, None], kernel, 0)  # [3, 3, C, features]
+    return _convolve(x, kernel, (2, 2), [(1, 1)] * 2) + bias
+
+
+def reducing_convolution(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype) -> jax.Array:
+    """Depthwise convolution, kernel `sr + 1`, stride `sr` (even), padding `sr // 2`.
+
+    Element by element, on windows that share one row and one column with the next: on CPU its gradient takes a
+    hundredth of the time of the strided convolution's. A TPU copies the windows, and has a fast depthwise convolution.
+
+    Args:
+      x: `[B, h, w, C]`.
+      kernel: `[sr + 1, sr + 1, 1, C]`.
+      bias: `[C]`.
+
+    Returns:
+      `[B, ceil(h / sr), ceil(w / sr), C]` in `dtype`.
+    """
+    return _by_device(reducing_convolution_tpu, reducing_products, x, kernel, bias, dtype=dtype)
+
+
+def reducing_products(x, kernel, bias, dtype):
+    x, kernel, bias = (array.astype(dtype) for array in (x, kernel, bias))
+    sr, (b, height, width, c) = kernel.shape[0] - 1, x.shape
+    h, w = -(-height // sr), -(-width // sr)
+    before = sr // 2
+    pad = [(before, (cells + 1) * sr - before - side) for cells, side in ((h, height), (w, width))]
+    x = jnp.pad(x, [(0, 0), *pad, (0, 0)]).reshape(b, h + 1, sr, w + 1, sr, c)
+    x = jnp.concatenate([x[:, :h], x[:, 1:, :1]], axis=2)
+    x = jnp.concatenate([x[:, :, :, :w], x[:, :, :, 1:, :1]], axis=4)  # [B, h', sr + 1, w', sr + 1, C]
+    x = (x * kernel[:, None, :, 0]).sum((2, 4), dtype=at_least_float32(dtype))
+    return x.astype(dtype) + bias
+
+
+def reducing_convolution_tpu(x, kernel, bias, dtype):
+    x, kernel, bias = (array.astype(dtype) for array in (x, kernel, bias))
+    sr = kernel.shape[0] - 1
+    return _convolve(x, kernel, (sr, sr), [(sr // 2, sr // 2)] * 2, feature_group_count=x.shape[-1]) + bias
+
+
+def patch_product(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype) -> jax.Array:
+    """Convolution whose kernel equals its stride, without padding: patches do not overlap.
+
+    A reshape and one matrix product: on CPU the gradient of PVT's 8 x 8 reduction takes less than a third of the
+    strided convolution's time, the others are level (benchmarks/README.md). On a TPU that is best for large patches,
+    whose rows fill its lanes; for small ones the reshape moves more than the product costs.
+
+    Args:
+      x: `[B, H, W, C_in]`. Rows and columns that do not fill a patch are dropped, as VALID padding does.
+      kernel: `[p, p, C_in, C_out]`.
+      bias: `[C_out]`.
+
+    Returns:
+      `[B, H // p, W // p, C_out]` in `dtype`.
+    """
+    tpu = patch_convolution_tpu if kernel.shape[0] <= 4 else patch_matrix_product
+    return _by_device(tpu, patch_matrix_product, x, kernel, bias, dtype=dtype)
+
+
+def patch_matrix_product(x, kernel, bias, dtype):
+    x, kernel, bias = (array.astype(dtype) for array in (x, kernel, bias))
+    (p, _, c, features), (b, height, width, _) = kernel.shape, x.shape
+    h, w = height // p, width // p
+    x = x[:, : h * p, : w * p].reshape(b, h, p, w, p, c)
+    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h, w, p * p * c)
+    return x @ kernel.reshape(p * p * c, features) + bias
+
+
+def patch_convolution_tpu(x, kernel, bias, dtype):
+    x, kernel, bias = (array.astype(dtype) for array in (x, kernel, bias))
+    return _convolve(x, kernel, kernel.shape[:2], "VALID") + bias
+
+
+def packed_linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, heads: int, parts: int, dtype):
+    """Several linear layers into heads, their weights beside each other: `[part 0 | part 1 | ...]`, each head-major.
+
+    One product, cut afterwards. A TPU has to copy the parts out of it, in both directions; it takes one product a part.
+
+    Args:
+      x: `[B, N, C]`.
+      kernel: `[C, parts * heads * d]`.
+      bias: `[parts * heads * d]` or None.
+
+    Returns:
+      `parts` arrays `[B, N, heads, d]` in `dtype`.
+    """
+    return _by_device(separate_products_tpu, packed_product, x, kernel, bias, heads=heads, parts=parts, dtype=dtype)
+
+
+def packed_product(x, kernel, bias, heads, parts, dtype):
+    x, kernel = x.astype(dtype), kernel.astype(dtype)
+    packed = jnp.dot(x, kernel) if bias is None else jnp.dot(x, kernel) + bias.astype(dtype)
+    return tuple(jnp.moveaxis(packed.reshape(*x.shape[:2], parts, heads, -1), 2, 0))
+
+
+def separate_products_tpu(x, kernel, bias, heads, parts, dtype):
+    kernels = jnp.split(kernel, parts, axis=1)
+    biases = [None] * parts if bias is None else jnp.split(bias, parts)
+    pairs = zip(kernels, biases, strict=True)
+    return tuple(packed_product(x, kernel, bias, heads, 1, dtype)[0] for kernel, bias in pairs)
