@@ -68,7 +68,7 @@ def test_its_weights_are_recognised_and_fit_other_images():
     variables = random_weights("toy_wide")
     state_dict = flax_to_torch("toy_wide", variables)
     assert state_dict["stem.proj.weight"].shape == (16, 3, 8, 8)
-    converted = import_weights(Contents(state_dict, {}, "the file itself", "official", []), image_size=64)
+    converted = import_weights(Contents(state_dict, {}, "the file itself", "", "official", []), image_size=64)
     assert converted.network == {"name": "toy_wide", "num_classes": 10, "image_size": 64}
     assert converted.notes == {"resized": ["pos_embed"]}
     assert converted.variables["params"]["pos_embed"].shape == (1, 64, 16)

@@ -9,7 +9,8 @@ def at_least(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
 
     def integer(text: str) -> int:
         if not text.isdecimal() or len(text) > 19 or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text[:40]!r}: expected an integer from {least} to {most}")
+            expected = f"an integer of at least {least}" + (f" and at most {most}" if most < 2**63 - 1 else "")
+            raise argparse.ArgumentTypeError(f"{text[:40]!r}: expected {expected}")
         return int(text)
 
     return integer
