@@ -82,3 +82,28 @@ def test_the_form_follows_from_the_device(platform):
     assert [word in text for word in ("stablehlo.convolution", "stablehlo.pad")] == (
         [True, False] if platform == "tpu" else [False, True]
     )
+
+
+@pytest.mark.parametrize("level", [0.0, 2.5])
+def test_a_nearly_flat_window_loses_no_more_in_one_convolution(level):
+    """Against float64: the variance of windows of one or two neighbouring bfloat16 values, far from 0 and at 0."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(level + 0.01 * rng.standard_normal((1, 21, 21, 3)), jnp.bfloat16)
+    parameters = [1 + 0.1 * rng.standard_normal(147), *(rng.standard_normal(s) for s in [(147,), (147, 16), (16,)])]
+    options = {"split": (7, 4, 2)}
+    with jax.enable_x64(True):
+        exact = forms.split_norm_product(np.float64(x), *parameters, dtype=jnp.float64, **options)
+    parameters = [np.float32(parameter) for parameter in parameters]
+    one, windows = (
+        golden.relative_error(form(x, *parameters, dtype=jnp.bfloat16, **options), exact)
+        for form in (forms.split_norm_convolution_tpu, forms.split_norm_product)
+    )
+    assert one < 2 * windows < 0.04
+
+
+@pytest.mark.parametrize("dtype, convolves", [("bfloat16", True), ("float32", False)])
+def test_float32_windows_are_normed_one_by_one(dtype, convolves):
+    split = jax.jit(functools.partial(forms.split_norm_linear, split=(3, 2, 1), dtype=jnp.dtype(dtype)))
+    shapes = [(1, 8, 8, 4), (36,), (36,), (36, 5), (5,)]
+    traced = split.trace(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+    assert ("stablehlo.convolution" in traced.lower(lowering_platforms=("tpu",)).as_text()) == convolves

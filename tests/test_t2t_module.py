@@ -9,7 +9,8 @@ import pytest
 
 import golden
 import t2t_by_hand
-from vitpyramid.models.t2t_module import orthogonal_features, performer_attention, soft_split, split_order, token_grid
+from vitpyramid.models.forms import soft_split, split_order
+from vitpyramid.models.t2t_module import orthogonal_features, performer_attention, token_grid
 
 
 def test_soft_split_is_unfold_with_the_entries_in_another_order():

@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _convolve = functools.partial(jax.lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
@@ -158,3 +159,81 @@ def separate_products_tpu(x, kernel, bias, heads, parts, dtype):
     biases = [None] * parts if bias is None else jnp.split(bias, parts)
     pairs = zip(kernels, biases, strict=True)
     return tuple(packed_product(x, kernel, bias, heads, 1, dtype)[0] for kernel, bias in pairs)
+
+
+def split_grid(sides: tuple[int, int], window: int, stride: int, padding: int) -> tuple[int, int]:
+    """Grid `(h, w)` of the windows of a map with sides `(H, W)`."""
+    h, w = ((side + 2 * padding - window) // stride + 1 for side in sides)
+    return h, w
+
+
+def soft_split(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
+    """Overlapping windows of a zero-padded map, `[B, H, W, C]` -> `[B, h, w, window * window * C]`, as (kx, ky, c)."""
+    h, w = split_grid(x.shape[1:3], window, stride, padding)
+    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    rows = [x[:, ky : ky + (h - 1) * stride + 1 : stride] for ky in range(window)]
+    x = jnp.concatenate(rows, axis=-1)  # [B, h, W + 2 * padding, (ky, c)]
+    columns = [x[:, :, kx : kx + (w - 1) * stride + 1 : stride] for kx in range(window)]
+    return jnp.concatenate(columns, axis=-1)  # [B, h, w, (kx, ky, c)]
+
+
+def split_order(parameter: jax.Array, window: int) -> jax.Array:
+    """First axis of a parameter, from PyTorch's order (c, ky, kx) to that of `soft_split` (kx, ky, c)."""
+    windows = parameter.reshape(-1, window, window, *parameter.shape[1:])
+    return jnp.swapaxes(windows, 0, 2).reshape(parameter.shape)
+
+
+def split_norm_linear(x: jax.Array, scale, shift, kernel, bias, split: tuple[int, int, int], dtype) -> jax.Array:
+    """Soft split, LayerNorm (epsilon 1e-5) of each window, and a dense layer; parameters are in PyTorch's order.
+
+    In bfloat16 a TPU takes one convolution of the map, whose kernel has the norm's scale in it, and the norm's
+    statistics by sums over windows: the windows, many times the map, are never written. The variance is then a
+    difference of two sums, which loses digits where a window is nearly flat: too many for float32.
+
+    Args:
+      x: `[B, H, W, C]`.
+      scale, shift: of the norm, `[window * window * C]`.
+      kernel: `[window * window * C, features]`.
+      bias: `[features]` or None.
+      split: window, stride and padding.
+
+    Returns:
+      `[B, h * w, features]` in `dtype`.
+    """
+    tpu = split_norm_convolution_tpu if dtype == jnp.bfloat16 else split_norm_product
+    return _by_device(tpu, split_norm_product, x, scale, shift, kernel, bias, split=split, dtype=dtype)
+
+
+def split_norm_product(x, scale, shift, kernel, bias, split, dtype):
+    window = split[0]
+    x = soft_split(x, *split).reshape(len(x), -1, len(kernel))
+    wide = x.astype(at_least_float32(dtype))
+    mean = wide.mean(-1, keepdims=True)
+    variance = jnp.square(wide - mean).mean(-1, keepdims=True)
+    x = (x - mean) * jax.lax.rsqrt(variance + 1e-5)
+    x = (x * split_order(scale, window) + split_order(shift, window)).astype(dtype)
+    x = x @ split_order(kernel.astype(dtype), window)
+    return x if bias is None else x + bias.astype(dtype)
+
+
+def split_norm_convolution_tpu(x, scale, shift, kernel, bias, split, dtype):
+    window, stride, padding = split
+    x, wide, (depth, features) = x.astype(dtype), at_least_float32(dtype), kernel.shape
+    # What the mean is multiplied by must be the sum of the kernel that the convolution has: the rounded one.
+    scaled = (scale[:, None] * kernel).astype(dtype)
+    windows = scaled.reshape(-1, window, window, features).transpose(1, 2, 0, 3)  # [ky, kx, c, features]
+    strides, pads = (stride, stride), [(padding, padding)] * 2
+    product = _convolve(x, windows, strides, pads, preferred_element_type=wide)
+
+    def window_mean(values):
+        zero, shape = np.zeros((), wide), (1, window, window, 1)
+        sums = values.sum(-1, keepdims=True)
+        return jax.lax.reduce_window(sums, zero, jax.lax.add, shape, (1, *strides, 1), [(0, 0), *pads, (0, 0)]) / depth
+
+    x = x.astype(wide)
+    mean = window_mean(x)
+    variance = jnp.maximum(window_mean(jnp.square(x)) - jnp.square(mean), 0)
+    product = (product - mean * scaled.astype(wide).sum(0)) * jax.lax.rsqrt(variance + 1e-5)
+    constant = jnp.dot(shift, kernel, precision="highest")
+    product = product + (constant if bias is None else constant + bias)
+    return product.reshape(len(x), -1, features).astype(dtype)

@@ -4,8 +4,8 @@ Equal to `T2T_module`, `Token_performer` and `Token_transformer` of github.com/y
 `models/`, on the square images that those accept. Here the grid is the one that the soft splits make, square or not.
 
 A token after a soft split holds its window. PyTorch's `Unfold` orders the window (c, ky, kx), and the parameters that
-meet it are stored so. `soft_split` orders it (kx, ky, c): that is two concatenations of contiguous rows, on CPU and TPU
-several times faster than the other order, and only the parameters have to be permuted.
+meet it are stored so. `forms.soft_split` orders it (kx, ky, c): that is two concatenations of contiguous rows, several
+times faster than the other order, and only the parameters have to be permuted.
 """
 
 import math
@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vitpyramid.models import forms
 from vitpyramid.models.attention import attend
 from vitpyramid.models.layers import (
     Mlp,
@@ -32,59 +33,38 @@ GUARD = 1e-8  # added to the performer's denominator
 
 def token_grid(height: int, width: int) -> tuple[int, int]:
     """Grid `(h, w)` of the tokens of an image; both sides at least 3."""
-    for window, stride, padding in SOFT_SPLITS:
-        height, width = ((side + 2 * padding - window) // stride + 1 for side in (height, width))
-    return height, width
-
-
-def soft_split(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
-    """Overlapping windows of a zero-padded map, `[B, H, W, C]` -> `[B, h, w, window * window * C]`, as (kx, ky, c)."""
-    h, w = ((side + 2 * padding - window) // stride + 1 for side in x.shape[1:3])
-    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    rows = [x[:, ky : ky + (h - 1) * stride + 1 : stride] for ky in range(window)]
-    x = jnp.concatenate(rows, axis=-1)  # [B, h, W + 2 * padding, (ky, c)]
-    columns = [x[:, :, kx : kx + (w - 1) * stride + 1 : stride] for kx in range(window)]
-    return jnp.concatenate(columns, axis=-1)  # [B, h, w, (kx, ky, c)]
-
-
-def split_order(parameter: jax.Array, window: int) -> jax.Array:
-    """First axis of a parameter, from PyTorch's order (c, ky, kx) to that of `soft_split` (kx, ky, c)."""
-    windows = parameter.reshape(-1, window, window, *parameter.shape[1:])
-    return jnp.swapaxes(windows, 0, 2).reshape(parameter.shape)
+    grid = (height, width)
+    for split in SOFT_SPLITS:
+        grid = forms.split_grid(grid, *split)
+    return grid
 
 
 class SplitNorm(nn.Module):
-    """LayerNorm of soft-split tokens, parameters in PyTorch's order."""
+    """The parameters of LayerNorm over windows of `depth` entries, in PyTorch's order."""
 
-    window: int
-    dtype: jnp.dtype = jnp.float32
+    depth: int
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., D]` -> `[..., D]`."""
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
-        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-        statistics = at_least_float32(self.dtype)
-        x = nn.LayerNorm(1e-5, statistics, use_bias=False, use_scale=False, use_fast_variance=False)(x)
-        return (x * split_order(scale, self.window) + split_order(bias, self.window)).astype(self.dtype)
+    def __call__(self) -> tuple[jax.Array, jax.Array]:
+        """Scale and shift, `[D]` each."""
+        scale = self.param("scale", nn.initializers.ones, (self.depth,))
+        return scale, self.param("bias", nn.initializers.zeros, (self.depth,))
 
 
 class SplitLinear(nn.Module):
-    """Dense layer on soft-split tokens, kernel rows in PyTorch's order."""
+    """Soft split, norm and dense layer in one, as some devices compute them; kernel rows are in PyTorch's order."""
 
     features: int
-    window: int
+    split: tuple[int, int, int]
     use_bias: bool = True
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., D]` -> `[..., features]`."""
-        kernel = self.param("kernel", normal_init, (x.shape[-1], self.features))
+    def __call__(self, x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
+        """`[B, H, W, C]` and the norm's parameters `[D]` -> `[B, N, features]`."""
+        kernel = self.param("kernel", normal_init, (len(scale), self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        x = x @ split_order(kernel, self.window)
-        return x if bias is None else x + bias
+        return forms.split_norm_linear(x, scale, shift, kernel, bias, self.split, self.dtype)
 
 
 class SplitProject(nn.Module):
@@ -153,20 +133,20 @@ def orthogonal_features(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
 
 
 class TokenPerformer(nn.Module):
-    """Performer layer on soft-split tokens; its residual is the value, as the input has another width.
+    """Soft split and performer layer; its residual is the value, as the input has another width.
 
     The random features `w` are drawn once and never trained: they lie in the collection `constants`.
     """
 
-    window: int
+    split: tuple[int, int, int]
     drop_rate: float = 0.0
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[B, N, D]` -> `[B, N, 64]`."""
-        x = SplitNorm(self.window, self.dtype, name="norm1")(x)
-        kqv = SplitLinear(3 * TOKEN_DIM, self.window, dtype=self.dtype, name="kqv")(x)
+        """`[B, H, W, C]` -> `[B, N, 64]`."""
+        scale, shift = SplitNorm(self.split[0] ** 2 * x.shape[-1], name="norm1")()
+        kqv = SplitLinear(3 * TOKEN_DIM, self.split, dtype=self.dtype, name="kqv")(x, scale, shift)
         key, query, value = jnp.split(kqv, 3, axis=-1)
         shape = (TOKEN_DIM // 2, TOKEN_DIM)
         w = self.variable("constants", "w", lambda: orthogonal_features(self.make_rng("params"), shape)).value
@@ -185,32 +165,32 @@ class TokenPerformer(nn.Module):
 
 
 class TokenAttention(nn.Module):
-    """Self-attention with one head; its residual is the value."""
+    """Norm and self-attention with one head; its residual is the value."""
 
-    window: int
+    split: tuple[int, int, int]
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[B, N, D]` -> `[B, N, 64]`."""
-        qkv = SplitLinear(3 * TOKEN_DIM, self.window, use_bias=False, dtype=self.dtype, name="qkv")(x)
+    def __call__(self, x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
+        """`[B, H, W, C]` and the norm's parameters `[D]` -> `[B, N, 64]`."""
+        qkv = SplitLinear(3 * TOKEN_DIM, self.split, use_bias=False, dtype=self.dtype, name="qkv")(x, scale, shift)
         query, key, value = jnp.split(qkv[:, :, None], 3, axis=-1)  # [B, N, 1, 64] each
         # The scale is the input width's, not the head's: so is the official code.
-        y = attend(self, query, key, value, x.shape[-1] ** -0.5)
+        y = attend(self, query, key, value, len(scale) ** -0.5)
         return value[:, :, 0] + linear(TOKEN_DIM, self.dtype, "proj")(y)
 
 
 class TokenTransformer(nn.Module):
-    """Transformer layer on soft-split tokens."""
+    """Soft split and transformer layer."""
 
-    window: int
+    split: tuple[int, int, int]
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[B, N, D]` -> `[B, N, 64]`."""
-        x = SplitNorm(self.window, self.dtype, name="norm1")(x)
-        x = TokenAttention(self.window, self.dtype, name="attn")(x)
+        """`[B, H, W, C]` -> `[B, N, 64]`."""
+        scale, shift = SplitNorm(self.split[0] ** 2 * x.shape[-1], name="norm1")()
+        x = TokenAttention(self.split, self.dtype, name="attn")(x, scale, shift)
         return x + Mlp(1, dtype=self.dtype, name="mlp")(layer_norm(1e-5, self.dtype, "norm2")(x))
 
 
@@ -241,21 +221,20 @@ class TokensToToken(nn.Module):
             ):
                 x = self.convolution(x, features, *split, name)
             return x
-        for i, (window, stride, padding) in enumerate(SOFT_SPLITS[:2], start=1):
-            x = soft_split(x, window, stride, padding)
-            b, *grid, _ = x.shape
-            x = self.attention(window, f"attention{i}")(x.reshape(b, -1, x.shape[-1]))  # [B, h * w, 64]
-            x = x.reshape(b, *grid, TOKEN_DIM)
+        for i, split in enumerate(SOFT_SPLITS[:2], start=1):
+            grid = forms.split_grid(x.shape[1:3], *split)
+            x = self.attention(split, f"attention{i}")(x)  # [B, h * w, 64]
+            x = x.reshape(len(x), *grid, TOKEN_DIM)
         return SplitProject(self.dim, self.dtype, name="project")(x)
 
-    def attention(self, window: int, name: str) -> nn.Module:
-        """The attention layer on windows of `window * window` cells."""
+    def attention(self, split: tuple[int, int, int], name: str) -> nn.Module:
+        """The attention layer behind a soft split."""
         kinds = {"performer": TokenPerformer, "transformer": TokenTransformer}
         if self.tokens_type not in kinds:
             raise ValueError(f"tokens_type is {self.tokens_type!r}, expected one of {', '.join(kinds)}, convolution")
         kind = kinds[self.tokens_type]
         options = {"drop_rate": self.drop_rate} if kind is TokenPerformer else {}
-        return (nn.remat(kind) if self.remat else kind)(window, dtype=self.dtype, name=name, **options)
+        return (nn.remat(kind) if self.remat else kind)(split, dtype=self.dtype, name=name, **options)
 
     def convolution(self, x, features: int, window: int, stride: int, padding: int, name: str) -> jax.Array:
         """Convolution initialised as PyTorch does: the official initialisation leaves convolutions alone."""
