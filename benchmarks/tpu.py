@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from vitpyramid.models import layers, pit, rest
+from vitpyramid.models import layers, pit, rest, t2t_module
 from vitpyramid.models.attention import SelfAttention
 from vitpyramid.tasks import make_task
 from vitpyramid.tools import config_args
@@ -41,6 +41,17 @@ from vitpyramid.train.sharding import make_mesh
 BF16 = jnp.bfloat16
 
 
+class SplitProjection(nn.Module):
+    """Soft split, norm and projection of a performer layer."""
+
+    split: tuple[int, int, int]
+
+    @nn.compact
+    def __call__(self, x):
+        norm = t2t_module.SplitNorm(self.split[0] ** 2 * x.shape[-1])
+        return t2t_module.SplitLinear(192, self.split, dtype=BF16)(x, *norm())
+
+
 # Module and the shape of an image's input.
 LAYERS = {
     "pit pool 27": (pit.PoolConv(288, BF16), (27, 27, 144)),
@@ -48,7 +59,10 @@ LAYERS = {
     "rest sr 8": (rest.ReduceConv(8, BF16), (56, 56, 96)),
     "rest sr 4": (rest.ReduceConv(4, BF16), (28, 28, 192)),
     "rest sr 2": (rest.ReduceConv(2, BF16), (14, 14, 384)),
+    "t2t split 1": (SplitProjection((7, 4, 2)), (224, 224, 3)),
+    "t2t split 2": (SplitProjection((3, 2, 1)), (56, 56, 64)),
     "patch 4": (layers.PatchConv(64, 4, BF16), (224, 224, 3)),
+    "patch 2": (layers.PatchConv(128, 2, BF16), (56, 56, 64)),
     "patch 16": (layers.PatchConv(384, 16, BF16), (224, 224, 3)),
     "pvt sr 8": (layers.PatchConv(64, 8, BF16), (56, 56, 64)),
     "attention 197": (SelfAttention(6, qkv_bias=True, dtype=BF16), (197, 384)),

@@ -19,6 +19,8 @@ def at_least_float32(dtype):
 
 
 def _by_device(tpu, default, *arrays, **options):
+    if tpu is default:
+        return default(*arrays, **options)
     tpu, default = (functools.partial(form, **options) for form in (tpu, default))
     return jax.lax.platform_dependent(*arrays, tpu=tpu, default=default)
 
