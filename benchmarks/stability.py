@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))
 from configs import quickstart, recipes
+from vitpyramid.tasks import make_task
 from vitpyramid.train import loop
 
 
@@ -32,7 +33,7 @@ def run(family: str, steps: int) -> tuple[float, float]:
         }
     )
     with tempfile.TemporaryDirectory() as workdir:
-        loop.train(config, Path(workdir))
+        loop.train(make_task(config), Path(workdir))
         lines = map(json.loads, (Path(workdir) / "metrics.jsonl").read_text().splitlines())
         losses = [line["train/loss"] for line in lines if "train/loss" in line]
     return losses[0], losses[-1]

@@ -9,6 +9,7 @@ killed. A table of what was done is printed at the end, and the seed at the begi
 import argparse
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -145,7 +146,7 @@ def soak(folder: Path, kills: int, family: str, processes: int, rng: np.random.G
         print(f"{family}, {processes} processes: kill {counts['kills']} of {kills}", file=sys.stderr, flush=True)
         if ended:
             for path in sorted((workdir / "checkpoints").iterdir()):  # all but its beginning is done again
-                subprocess.run(["rm", "-r", path], check=True)
+                shutil.rmtree(path)
     for run in start([workdir] * processes, rest, family):
         assert run.end() == 0, run.output
     counts["arrays that differ"] = len(differing(arrays(workdir), arrays(whole)))

@@ -90,6 +90,9 @@ def test_a_foreign_folder_is_no_checkpoint(finished, tmp_path):
     (folder / "99" / "photo.jpg").write_bytes(b"photo")
     assert intact.newest_intact(folder, set_aside=True) == 80
     assert (folder / "99.damaged-1" / "photo.jpg").read_bytes() == b"photo"
+    loop.train(boxes(5.0), tmp_path / "run", allow_config_change=True)  # goes on, and saves
+    assert intact.newest_intact(folder) == 100
+    assert [path.name for path in (folder / "99.damaged-1").iterdir()] == ["photo.jpg"]
 
 
 def test_none_intact_is_one_line(finished, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from vitpyramid import create_model
 from vitpyramid.models.backbone import Stage
-from vitpyramid.models.stack import apply_blocks, stack_blocks, unstack_blocks
+from vitpyramid.models.stack import apply_blocks, is_stacked, stack_blocks, unstack_blocks
 
 SMALL = {"depths": (2, 3, 1, 2), "dims": (16, 32, 64, 64), "heads": (1, 2, 4, 4), "num_classes": 10, "image_size": 32}
 
@@ -72,3 +72,10 @@ def test_blocks_are_stacked_in_order():
     params = {f"blocks_{i}": {"scale": jnp.full(2, i)} for i in (10, 2, 0, 1, 3, 4, 5, 6, 7, 8, 9)}
     stages = [Stage((), tuple(f"blocks_{i}" for i in range(11)))]
     assert stack_blocks(params, stages)["blocks"]["scale"][:, 0].tolist() == list(range(11))
+
+
+def test_only_what_is_stacked_is():
+    pvt, regnety = create_model("pvt_micro"), create_model("regnety_micro")
+    assert is_stacked("block1/attn/q/kernel", pvt.stages)
+    assert not is_stacked("block1_0/attn/q/kernel", pvt.stages)
+    assert not is_stacked("s1/b1/conv1/conv/kernel", regnety.stages)

@@ -18,9 +18,9 @@ from vitpyramid.train import loop
 ROOT = Path(__file__).parent.parent
 
 
-def boxes():
+def boxes(epochs=4.0):
     config = base.get_config()
-    config.update_from_flattened_dict({"batch_size": 16, "eval.batch_size": 16, "epochs": 4.0, "ema.decay": 0.5})
+    config.update_from_flattened_dict({"batch_size": 16, "eval.batch_size": 16, "epochs": epochs, "ema.decay": 0.5})
     config.update_from_flattened_dict({"optim.lr": 3e-3, "optim.lr_batch": 0, "schedule.warmup_epochs": 0.1})
     config.update_from_flattened_dict({"checkpoint.every_epochs": 0.25, "log.every_steps": 1, "compile_cache": ""})
     return toy_boxes.make_task(config)

@@ -61,7 +61,9 @@ class _Step(nn.Module):
 
 def is_stacked(path: str, stages: Sequence[Stage]) -> bool:
     """Whether the parameter at this path, parts joined by "/", is of all blocks of a stage, along its first axis."""
-    return any(path.startswith(f"{_stacked(stage)}/") for stage in stages)
+    # RegNetY's blocks have no number that could be left out: a stage's first is then `_stacked` itself.
+    names = {_stacked(stage) for stage in stages} - {block for stage in stages for block in stage.blocks}
+    return any(path.startswith(f"{name}/") for name in names)
 
 
 def stack_blocks(params: Mapping, stages: Sequence[Stage]) -> dict:

@@ -28,7 +28,7 @@ from vitpyramid.train.program import (
 )
 from vitpyramid.train.report import Report, Summary
 from vitpyramid.train.sharding import batch_sharding, make_mesh, to_devices
-from vitpyramid.train.state import TrainState, create_state, with_weights
+from vitpyramid.train.state import create_state, with_weights
 from vitpyramid.train.workdir import agreed, held
 from vitpyramid.train.writer import MetricWriter
 from vitpyramid.weights import store
@@ -99,7 +99,7 @@ def train(task: Task, workdir: Path, allow_config_change: bool = False) -> Summa
                 metrics = writer.evaluations.get(step, {})  # where a run was stopped after it
                 if not metrics:
                     with report.paused(step):
-                        metrics = evaluate(task, eval_step, state, eval_batches, mesh, stop_requested)
+                        metrics = evaluate(eval_step, state.variables, state.ema, eval_batches, mesh, stop_requested)
                     report.evaluated(step, metrics)
             stop = stop_requested()
             if step == total or stop:
@@ -128,29 +128,30 @@ def evaluate_checkpoint(task: Task, workdir: Path) -> tuple[int, dict[str, float
         has_average = checkpoint.check_evaluates(checkpoints, step, task)
         batches = task.eval_batches()
         variables = abstract_variables(task, mesh)
-        params = variables.pop("params")
-        abstract = TrainState(None, params, variables, None, {"params": params, **variables} if has_average else {})
-        saved = {"params": abstract.params, "model_state": abstract.model_state, "ema": abstract.ema}
-        eval_step = compile_eval_step(task, abstract.variables, mesh)
-        state = abstract.replace(**store.restore(checkpoints, step, saved))
-        return step, evaluate(task, eval_step, state, batches, mesh)
+        eval_step = compile_eval_step(task, variables, mesh)
+        average = variables if has_average else {}
+        model_state = {name: collection for name, collection in variables.items() if name != "params"}
+        wanted = {"params": variables["params"], "model_state": model_state, "ema": average}
+        saved = store.restore(checkpoints, step, wanted)
+        variables = {"params": saved["params"], **saved["model_state"]}
+        return step, evaluate(eval_step, variables, saved["ema"], batches, mesh)
 
 
 def evaluate(
-    task: Task, eval_step: Callable, state: TrainState, batches, mesh: Mesh, stop_requested: Callable = lambda: False
+    eval_step: Callable, variables: dict, average: dict, batches, mesh: Mesh, stop_requested: Callable = lambda: False
 ) -> dict[str, float]:
-    """The task's metrics over every example once; with an average kept, `ema_` ones beside them.
+    """The metrics of a network over every example once; with an average of its variables, `ema_` ones beside them.
 
     Empty if a stop was requested before the end.
     """
     results = {}
-    for prefix, variables in (("", state.variables), ("ema_", state.ema)):
-        if not variables:
+    for prefix, weights in (("", variables), ("ema_", average)):
+        if not weights:
             continue
         measured, waiting = None, collections.deque()
         on_devices = to_devices(batches, batch_sharding(mesh))
         for batch in with_progress(on_devices, len(batches), f"evaluating {prefix}".rstrip(" _")):
-            waiting.append(eval_step(variables, batch))
+            waiting.append(eval_step(weights, batch))
             if len(waiting) > 2:  # the devices are never waited for, nor far ahead
                 measured = _merged(measured, waiting.popleft())
             if stop_requested():

@@ -21,6 +21,7 @@ from vitpyramid.files import write_atomically
 from vitpyramid.tasks.task import ConfigError
 
 LOCK, OWNER = ".lock", ".owner.json"
+_LONGEST = 1000  # characters of an error that goes to the other processes
 _PATIENCE = 30.0  # seconds until a file written by one host is seen by another
 
 log = logging.getLogger(__name__)
@@ -71,15 +72,11 @@ def agreed(ask: Callable[[], Any]) -> Any:
         try:
             answer = {"value": ask()}
         except (ConfigError, OSError) as error:
-            answer = {type(error).__name__ if isinstance(error, ConfigError) else "OSError": str(error)}
-    text = np.zeros(4096, np.uint8)
-    encoded = json.dumps(answer).encode()[: len(text)]
-    text[: len(encoded)] = list(encoded)
-    answer = json.loads(bytes(multihost_utils.broadcast_one_to_all(text)).rstrip(b"\0"))
-    if "ConfigError" in answer:
-        raise ConfigError(answer["ConfigError"])
-    if "OSError" in answer:
-        raise OSError(answer["OSError"])
+            answer = {"error": str(error)[:_LONGEST], "is_config": isinstance(error, ConfigError)}
+    text = json.dumps(answer).encode().ljust(8 * _LONGEST)  # of one length; a character takes up to 6 bytes
+    answer = json.loads(bytes(multihost_utils.broadcast_one_to_all(np.frombuffer(text, np.uint8))))
+    if "error" in answer:
+        raise (ConfigError if answer["is_config"] else OSError)(answer["error"])
     return answer["value"]
 
 

@@ -31,7 +31,7 @@ class MetricWriter:
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
         records = [_parse(line) for line in lines]
         kept = [record for record in records if record["step"] <= start_step]
-        self.evaluations = {record["step"]: _strip(record) for record in kept if _strip(record)}
+        self.evaluations = {record["step"]: metrics for record in kept if (metrics := _strip(record))}
         self._active = jax.process_index() == 0
         if not self._active:
             return

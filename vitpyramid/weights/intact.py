@@ -17,16 +17,11 @@ _CHUNK = 1 << 20
 log = logging.getLogger(__name__)
 
 
-def seal(checkpoints: Path) -> None:
-    """Writes the checksums of the steps that have none, those under temporary names included.
-
-    Orbax calls this when all of a step's arrays and metadata are written, before the folder gets its final name.
-    """
-    for folder in checkpoints.iterdir():
-        if folder.is_dir() and not (folder / SUMS).exists():
-            files = [file for item in _ITEMS for file in sorted((folder / item).rglob("*")) if file.is_file()]
-            sums = {str(file.relative_to(folder)): _sum(file) for file in files if file.name != "commit_success.txt"}
-            write_atomically(folder / SUMS, json.dumps(sums))
+def seal(folder: Path) -> None:
+    """Writes the checksums of a step, all of whose arrays and metadata are in `folder`."""
+    files = [file for item in _ITEMS for file in sorted((folder / item).rglob("*")) if file.is_file()]
+    sums = {str(file.relative_to(folder)): _sum(file) for file in files if file.name != "commit_success.txt"}
+    write_atomically(folder / SUMS, json.dumps(sums))
 
 
 def newest_intact(checkpoints: Path, set_aside: bool = False) -> int | None:

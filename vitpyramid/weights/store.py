@@ -59,7 +59,7 @@ def open_checkpoints(
       background: files are written while the program goes on, from a copy of the arrays.
     """
     checkpoints = (folder / FOLDER).absolute()
-    finished = ocp.AsyncOptions(post_finalization_callback=functools.partial(intact.seal, checkpoints))
+    finished = ocp.AsyncOptions(post_finalization_callback=functools.partial(_seal_written, checkpoints))
     options = ocp.CheckpointManagerOptions(
         preservation_policy=ocp.checkpoint_managers.LatestN(keep) if keep else None,
         create=not read_only,
@@ -80,6 +80,12 @@ def open_checkpoints(
         "meta": ocp.JsonCheckpointHandler(),
     }
     return ocp.CheckpointManager(checkpoints, options=options, item_handlers=handlers)
+
+
+def _seal_written(checkpoints: Path) -> None:
+    """Seals the step that is complete and about to get its final name: Orbax calls this in between."""
+    for folder in checkpoints.glob("*.orbax-checkpoint-tmp*"):
+        intact.seal(folder)
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: Any, meta: dict) -> None:
@@ -144,7 +150,7 @@ def write_weights(folder: Path, network: dict, variables: dict) -> None:
     state = {"step": np.int32(0), "params": params, "model_state": model_state, "ema": {}}
     with open_checkpoints(folder) as manager:
         save(manager, 0, state, {"network": {**network, "scan": False}, "ema": False})
-    intact.seal(folder / FOLDER)
+    intact.seal(folder / FOLDER / "0")
 
 
 def read_weights(folder: Path, weights: str = "auto") -> Stored:
