@@ -63,8 +63,9 @@ def test_geometric_operations_are_pillows(photo, value, resample):
     for operation, matrix in cases.items():
         expected = transform(photo, matrix, resample)
         np.testing.assert_array_equal(np.asarray(operation(photo, value, resample)), np.asarray(expected))
-    expected = photo.rotate(66 * value, resample, fillcolor=(124, 116, 104))
-    np.testing.assert_array_equal(np.asarray(ops.rotate(photo, 66 * value, resample)), np.asarray(expected))
+    for degrees in (66 * value, 400 * value, round(450 * value, -1)):
+        expected = photo.rotate(degrees, resample, fillcolor=(124, 116, 104))
+        np.testing.assert_array_equal(np.asarray(ops.rotate(photo, degrees, resample)), np.asarray(expected))
 
 
 def test_directions_and_fill():
@@ -131,8 +132,10 @@ def test_kernels_resize_in_either_order(photo, resample):
     for height, width in SIZES:
         across = photo.resize((width, 230), resample).resize((width, height), resample)
         down = photo.resize((191, height), resample).resize((width, height), resample)
-        np.testing.assert_array_equal(kernels.resize(pixels, height, width, cubic, False), np.asarray(across))
-        np.testing.assert_array_equal(kernels.resize(pixels, height, width, cubic, True), np.asarray(down))
+        for box in (0, 0, width, height), (width // 3, height // 4, width - width // 4, height - height // 3):
+            for down_first, expected in (False, across), (True, down):
+                found = kernels.resize(pixels, height, width, cubic, down_first, box)
+                np.testing.assert_array_equal(found, np.asarray(expected.crop(box)))
 
 
 def test_kernels_take_crops_and_read_only_images():
@@ -142,7 +145,7 @@ def test_kernels_take_crops_and_read_only_images():
     frozen = crop.copy()
     frozen.flags.writeable = False
     for down_first in False, True:
-        found = (kernels.resize(image, 50, 40, True, down_first) for image in (crop, frozen))
+        found = (kernels.resize(image, 50, 40, True, down_first, (0, 0, 40, 50)) for image in (crop, frozen))
         np.testing.assert_array_equal(*found)
     arguments = (0.2, 3.5, True, True, (1, 2, 3))
     np.testing.assert_array_equal(kernels.slide(crop, *arguments), kernels.slide(frozen, *arguments))

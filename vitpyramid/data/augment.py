@@ -114,8 +114,9 @@ def eval_image(data: bytes, settings: Augmentation) -> np.ndarray:
     Raises:
       ValueError: the bytes are no readable image.
     """
-    image = eval_crop(decode(data), settings.image_size, settings.eval_crop, settings.eval_interpolation)
-    return np.asarray(image)
+    pixels = _decode_jpeg(data)
+    pixels = np.asarray(_decode_by_pillow(data)) if pixels is None else pixels
+    return np.asarray(_centre(pixels, settings.image_size, settings.eval_crop, settings.eval_interpolation))
 
 
 def decode(data: bytes) -> Image.Image:
@@ -131,9 +132,13 @@ def decode(data: bytes) -> Image.Image:
       ValueError: the bytes are no readable image, one of more pixels than Pillow's limit (178,956,970, which is twice
         `PIL.Image.MAX_IMAGE_PIXELS`), or 32-bit grey as above.
     """
-    size = jpeg.size(data)
-    pixels = None if size is None else jpeg.decode(data, size[1], size[1])
+    pixels = _decode_jpeg(data)
     return _decode_by_pillow(data) if pixels is None else Image.fromarray(pixels)
+
+
+def _decode_jpeg(data: bytes) -> np.ndarray | None:
+    size = jpeg.size(data)
+    return None if size is None else jpeg.decode(data, size[1], size[1])
 
 
 def _decode_by_pillow(data: bytes) -> Image.Image:
@@ -214,7 +219,8 @@ def padded_crop(
     torchvision's Resize, then RandomCrop with padding: `transfer_learning.py` of T2T-ViT.
     """
     height, width = height_width(size)
-    image = ImageOps.expand(_cover(image, height, width, resample), padding)
+    pixels = np.asarray(image)
+    image = ImageOps.expand(image_ops.resize(pixels, *_covering(pixels, height, width), resample), padding)
     upper, left = rng.integers(image.height - height + 1), rng.integers(image.width - width + 1)
     return image.crop((left, upper, left + width, upper + height))
 
@@ -235,22 +241,25 @@ def eval_crop(
     Raises:
       ValueError: `crop` is not in (0, 1].
     """
+    return _centre(np.asarray(image), size, crop, resample)
+
+
+def _centre(pixels: np.ndarray, size: Size, crop: float, resample: Image.Resampling) -> Image.Image:
     if not 0 < crop <= 1:
         raise ValueError(f"data.eval_crop: {crop} is not in (0, 1].")
     height, width = height_width(size)
-    image = _cover(image, math.floor(height / crop), math.floor(width / crop), resample)
+    rows, columns = _covering(pixels, math.floor(height / crop), math.floor(width / crop))
     # round() takes halves to the even neighbour, as in torchvision; (a - b) // 2 is one pixel off for some sizes.
-    upper, left = round((image.height - height) / 2), round((image.width - width) / 2)
-    return image.crop((left, upper, left + width, upper + height))
+    upper, left = round((rows - height) / 2), round((columns - width) / 2)
+    return image_ops.resize(pixels, rows, columns, resample, (left, upper, left + width, upper + height))
 
 
-def _cover(image: Image.Image, height: int, width: int, resample: Image.Resampling) -> Image.Image:
-    """Resizes so that one side is as asked and the other not shorter, rounded down as in torchvision."""
-    if height / image.height >= width / image.width:
-        resized = int(height * image.width / image.height), height
-    else:
-        resized = width, int(width * image.height / image.width)
-    return image.resize(resized, resample)
+def _covering(pixels: np.ndarray, height: int, width: int) -> tuple[int, int]:
+    """(height, width) with the ratio of the image's: one as asked, the other not less, rounded down as in torchvision."""
+    old_height, old_width = pixels.shape[:2]
+    if height / old_height >= width / old_width:
+        return height, int(height * old_width / old_height)
+    return int(width * old_height / old_width), width
 
 
 def height_width(size: Size) -> tuple[int, int]:

@@ -5,6 +5,8 @@ degrees or factors; `policies.py` knows how these follow from a magnitude. What 
 image is filled with `FILL`.
 """
 
+import math
+
 import numpy as np
 import PIL
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
@@ -23,13 +25,20 @@ _MAY_GO_DOWN_FIRST = int(PIL.__version__.partition(".")[0]) >= 13
 Resample = Image.Resampling
 
 
-def resize(pixels: np.ndarray, height: int, width: int, resample: Resample) -> Image.Image:
-    """Antialiased resize of uint8 [H, W, 3]: the pixels of the installed Pillow's `resize`."""
+def resize(
+    pixels: np.ndarray, height: int, width: int, resample: Resample, box: tuple[int, int, int, int] | None = None
+) -> Image.Image:
+    """Antialiased resize of uint8 [H, W, 3]: the pixels of the installed Pillow's `resize`.
+
+    Args:
+      box: (left, upper, right, lower) of what is kept of the result, as in Pillow's `crop`; None: all of it.
+    """
+    box = box or (0, 0, width, height)
     if kernels is None:
-        return Image.fromarray(pixels).resize((width, height), resample)
+        return Image.fromarray(pixels).resize((width, height), resample).crop(box)
     fewer_rows, fewer_columns = pixels.shape[0] - height, pixels.shape[1] - width
     down_first = _MAY_GO_DOWN_FIRST and fewer_rows > max(0, 2 * fewer_columns)
-    return Image.fromarray(kernels.resize(pixels, height, width, resample == Resample.BICUBIC, down_first))
+    return Image.fromarray(kernels.resize(pixels, height, width, resample == Resample.BICUBIC, down_first, box))
 
 
 def shear_x(image: Image.Image, factor: float, resample: Resample) -> Image.Image:
@@ -62,7 +71,20 @@ def _slide(image: Image.Image, slope: float, offset: float, down: bool, resample
 
 def rotate(image: Image.Image, degrees: float, resample: Resample) -> Image.Image:
     """Turns counter-clockwise about the centre."""
-    return image.rotate(degrees, resample, fillcolor=FILL)
+    if kernels is None or degrees % 90 == 0:  # Pillow turns those by moving pixels
+        return image.rotate(degrees, resample, fillcolor=FILL)
+    # As Pillow's `rotate` has it, the order of the sums included.
+    angle, x, y = -math.radians(degrees % 360.0), image.width / 2, image.height / 2
+    cosine, sine, minus_sine = (round(part, 15) for part in (math.cos(angle), math.sin(angle), -math.sin(angle)))
+    matrix = (
+        cosine,
+        sine,
+        cosine * -x + sine * -y + 0.0 + x,
+        minus_sine,
+        cosine,
+        minus_sine * -x + cosine * -y + 0.0 + y,
+    )
+    return Image.fromarray(kernels.affine(np.asarray(image), matrix, resample == Resample.BICUBIC, FILL))
 
 
 def auto_contrast(image: Image.Image) -> Image.Image:

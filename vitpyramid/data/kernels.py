@@ -99,35 +99,43 @@ def _mix_rows(rows, mix, out):
             line[j] = np.uint8(0 if level < 0 else 255 if level > 255 else level)
 
 
-@_compiled(_IMAGE, types.int64, types.boolean)
-def _resize_across(image, width, cubic):
+@_compiled(_IMAGE, types.int64, types.boolean, types.int64, types.int64)
+def _resize_across(image, width, cubic, left, columns):
     height, old_width = image.shape[:2]
-    turned, across = np.empty((old_width, height, 3), np.uint8), np.empty((width, height, 3), np.uint8)
+    turned, across = np.empty((old_width, height, 3), np.uint8), np.empty((columns, height, 3), np.uint8)
     _transpose(image, turned)
-    mix = _weights(old_width, width, cubic)
-    _mix_rows(turned.reshape(old_width, height * 3), mix, across.reshape(width, height * 3))
-    upright = np.empty((height, width, 3), np.uint8)
+    first, count, weights = _weights(old_width, width, cubic)
+    mix = first[left : left + columns], count[left : left + columns], weights[left : left + columns]
+    _mix_rows(turned.reshape(old_width, height * 3), mix, across.reshape(columns, height * 3))
+    upright = np.empty((height, columns, 3), np.uint8)
     _transpose(across, upright)
     return upright
 
 
-@_compiled(_NEW_IMAGE, types.int64, types.boolean)
-def _resize_down(image, height, cubic):
+@_compiled(_NEW_IMAGE, _WEIGHTS)
+def _resize_down(image, mix):
     old_height, width = image.shape[:2]
-    out = np.empty((height, width, 3), np.uint8)
-    mix = _weights(old_height, height, cubic)
-    _mix_rows(image.reshape(old_height, width * 3), mix, out.reshape(height, width * 3))
+    out = np.empty((len(mix[0]), width, 3), np.uint8)
+    _mix_rows(image.reshape(old_height, width * 3), mix, out.reshape(len(out), width * 3))
     return out
 
 
-@_compiled(_IMAGE, types.int64, types.int64, types.boolean, types.boolean)
-def resize(image, height, width, cubic, down_first):
-    """Antialiased bicubic or bilinear resize: Pillow's `resize` of one side, then of the other."""
+@_compiled(_IMAGE, types.int64, types.int64, types.boolean, types.boolean, types.UniTuple(types.int64, 4))
+def resize(image, height, width, cubic, down_first, box):
+    """Antialiased bicubic or bilinear resize: Pillow's `resize` of one side, then of the other.
+
+    Of the result only the `box`, (left, upper, right, lower) as Pillow's `crop` has it, is made.
+    """
+    left, upper, right, lower = box
+    first, count, weights = _weights(image.shape[0], height, cubic)
+    first, count, weights = first[upper:lower], count[upper:lower], weights[upper:lower]
+    top, bottom = first[0], first[-1] + count[-1]
+    mix, rows = (first - top, count, weights), image[top:bottom]
     if down_first:
-        whole = np.empty(image.shape, np.uint8)
-        whole[:] = image
-        return _resize_across(_resize_down(whole, height, cubic), width, cubic)
-    return _resize_down(_resize_across(image, width, cubic), height, cubic)
+        whole = np.empty(rows.shape, np.uint8)
+        whole[:] = rows
+        return _resize_across(_resize_down(whole, mix), width, cubic, left, right - left)
+    return _resize_down(_resize_across(rows, width, cubic, left, right - left), mix)
 
 
 @_compiled(types.float64, types.float64, types.float64, types.float64, types.float64, types.boolean)
@@ -175,4 +183,75 @@ def slide(image, slope, offset, down, cubic, fill):
     _transpose(image, turned)
     _slide_rows(turned, slope, offset, cubic, fill, slid)
     _transpose(slid, out)
+    return out
+
+
+_MIX = (_ROWS, types.float64[::1], types.float64[::1], types.uintp, types.uintp, types.uint8[::1])
+
+
+@_compiled(*_MIX)
+def _mix_linear(taps, across, down, start, stop, levels):
+    a, b, c, d = taps[0], taps[1], taps[2], taps[3]
+    for k in range(start, stop):
+        upper = float(a[k]) + (float(b[k]) - float(a[k])) * across[k]
+        lower = float(c[k]) + (float(d[k]) - float(c[k])) * across[k]
+        levels[k] = np.uint8(np.int32(upper + (lower - upper) * down[k]))
+
+
+@_compiled(*_MIX)
+def _mix_cubic(taps, across, down, start, stop, levels):
+    rows = np.empty((4, len(across)))
+    for i in range(4):
+        a, b, c, d, row = taps[4 * i], taps[4 * i + 1], taps[4 * i + 2], taps[4 * i + 3], rows[i]
+        for k in range(start, stop):
+            row[k] = _between(float(a[k]), float(b[k]), float(c[k]), float(d[k]), across[k], True)
+    p, q, r, s = rows[0], rows[1], rows[2], rows[3]
+    for k in range(start, stop):
+        level = _between(p[k], q[k], r[k], s[k], down[k], True)
+        levels[k] = np.uint8(np.int32(min(max(level, 0.0), 255.0)))
+
+
+@_compiled(_IMAGE, types.UniTuple(types.float64, 6), types.boolean, types.UniTuple(types.uint8, 3))
+def affine(image, matrix, cubic, fill):
+    """Pillow's `transform` by a matrix: the pixel at (x, y) comes from (a x + b y + c, d x + e y + f), or is `fill`.
+
+    Of each row the pixels that are mixed are first copied beside each other, so that the mixing becomes vector code.
+    """
+    height, width = image.shape[:2]
+    a, b, c, d, e, f = matrix
+    out = np.empty((height, width, 3), np.uint8)
+    reach = 4 if cubic else 2
+    taps = np.empty((reach, reach, width, 3), np.uint8)
+    flat = taps.reshape(reach * reach, width * 3)
+    across, down = np.empty(width * 3), np.empty(width * 3)
+    red, green, blue = _index(0), _index(1), _index(2)
+    for y in range(_index(height)):
+        begin, end = width, 0  # of the pixels that come from inside
+        line = out[y]
+        for x in range(_index(width)):
+            from_x, from_y = a * (x + 0.5) + b * (y + 0.5) + c, d * (x + 0.5) + e * (y + 0.5) + f
+            if not (0.0 <= from_x < width and 0.0 <= from_y < height):
+                line[x, red], line[x, green], line[x, blue] = fill
+                continue
+            begin, end = min(begin, x), x + 1
+            from_x, from_y = from_x - 0.5, from_y - 0.5
+            left, upper = math.floor(from_x), math.floor(from_y)
+            for band in range(_index(3)):
+                place = _index(3) * x + band
+                across[place], down[place] = from_x - left, from_y - upper
+            if cubic:
+                left, upper = left - 1, upper - 1
+            inside = left >= 0 and left + reach <= width
+            for i in range(_index(reach)):
+                row = image[_index(min(max(upper + int(i), 0), height - 1))]
+                for j in range(_index(reach)):
+                    column = _index(left) + j if inside else _index(min(max(left + int(j), 0), width - 1))
+                    tap = taps[i, j, x]
+                    tap[red], tap[green], tap[blue] = row[column, red], row[column, green], row[column, blue]
+        start, stop = _index(3 * begin), _index(3 * end)
+        if stop > start:
+            if cubic:
+                _mix_cubic(flat, across, down, start, stop, line.reshape(width * 3))
+            else:
+                _mix_linear(flat, across, down, start, stop, line.reshape(width * 3))
     return out
