@@ -255,7 +255,7 @@ def _centre(pixels: np.ndarray, size: Size, crop: float, resample: Image.Resampl
 
 
 def _covering(pixels: np.ndarray, height: int, width: int) -> tuple[int, int]:
-    """(height, width) with the ratio of the image's: one as asked, the other not less, rounded down as in torchvision."""
+    """(height, width) in the image's ratio: one as asked, the other not less, rounded down as in torchvision."""
     old_height, old_width = pixels.shape[:2]
     if height / old_height >= width / old_width:
         return height, int(height * old_width / old_height)

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vitpyramid.models import initialisers
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -135,6 +137,17 @@ class Backbone(nn.Module, kw_only=True):
             `least_side`.
         """
         return self.head(self.norm(self.encode(images, train)[1]))
+
+    @nn.nowrap
+    def init(self, rngs, images: jax.Array, train: bool = False, method: str | None = None) -> dict:
+        """The variables at the start, as `flax.linen.Module.init` makes them, in a program that compiles in seconds.
+
+        Args:
+          rngs: a key, or keys by stream, of which `params` is drawn from.
+          images: `[B, H, W, 3]` floats; only shape and dtype are read.
+          train, method: of the call that makes the variables.
+        """
+        return initialisers.init(self, rngs, images, train, method)
 
     def features(self, images: jax.Array, train: bool = False) -> tuple[Level, ...]:
         """Output of each stage's last block as a map, without norm, finest first; arguments as for logits."""

@@ -9,20 +9,7 @@ import numpy as np
 
 from vitpyramid.models import forms
 from vitpyramid.models.forms import at_least_float32
-
-# timm's trunc_normal_(std=.02) cuts at -2 and 2, a hundred standard deviations: a plain normal.
-normal_init = nn.initializers.normal(0.02)
-# PyTorch's default for weights of Linear and Conv: uniform in +-1 / sqrt(fan_in).
-torch_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-
-
-def torch_bias_init(fan_in: int):
-    """PyTorch's default for biases of Linear and Conv: uniform in +-1 / sqrt(fan_in)."""
-
-    def init(key, shape, dtype=jnp.float32):
-        return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
-
-    return init
+from vitpyramid.models.initialisers import normal_init, torch_bias_init, torch_kernel_init
 
 
 def linear(features: int, dtype, name: str, use_bias: bool = True, torch_init_from: int | None = None) -> nn.Dense:
