@@ -18,7 +18,7 @@ def at_least_float32(dtype):
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def _by_device(tpu, default, *arrays, **options):
+def by_device(tpu, default, *arrays, **options):
     if tpu is default:
         return default(*arrays, **options)
     tpu, default = (functools.partial(form, **options) for form in (tpu, default))
@@ -40,7 +40,7 @@ def widening_convolution(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype
     Returns:
       `[B, ceil(h / 2), ceil(w / 2), features]` in `dtype`.
     """
-    return _by_device(widening_convolution_tpu, widening_products, x, kernel, bias, dtype=dtype)
+    return by_device(widening_convolution_tpu, widening_products, x, kernel, bias, dtype=dtype)
 
 
 def widening_products(x, kernel, bias, dtype):
@@ -79,7 +79,7 @@ def reducing_convolution(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype
     Returns:
       `[B, ceil(h / sr), ceil(w / sr), C]` in `dtype`.
     """
-    return _by_device(reducing_convolution_tpu, reducing_products, x, kernel, bias, dtype=dtype)
+    return by_device(reducing_convolution_tpu, reducing_products, x, kernel, bias, dtype=dtype)
 
 
 def reducing_products(x, kernel, bias, dtype):
@@ -117,7 +117,7 @@ def patch_product(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype) -> ja
       `[B, H // p, W // p, C_out]` in `dtype`.
     """
     tpu = patch_convolution_tpu if kernel.shape[0] <= 4 else patch_matrix_product
-    return _by_device(tpu, patch_matrix_product, x, kernel, bias, dtype=dtype)
+    return by_device(tpu, patch_matrix_product, x, kernel, bias, dtype=dtype)
 
 
 def patch_matrix_product(x, kernel, bias, dtype):
@@ -147,7 +147,7 @@ def packed_linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, heads
     Returns:
       `parts` arrays `[B, N, heads, d]` in `dtype`.
     """
-    return _by_device(separate_products_tpu, packed_product, x, kernel, bias, heads=heads, parts=parts, dtype=dtype)
+    return by_device(separate_products_tpu, packed_product, x, kernel, bias, heads=heads, parts=parts, dtype=dtype)
 
 
 def packed_product(x, kernel, bias, heads, parts, dtype):
@@ -203,7 +203,7 @@ def split_norm_linear(x: jax.Array, scale, shift, kernel, bias, split: tuple[int
       `[B, h * w, features]` in `dtype`.
     """
     tpu = split_norm_convolution_tpu if dtype == jnp.bfloat16 else split_norm_product
-    return _by_device(tpu, split_norm_product, x, scale, shift, kernel, bias, split=split, dtype=dtype)
+    return by_device(tpu, split_norm_product, x, scale, shift, kernel, bias, split=split, dtype=dtype)
 
 
 def split_norm_product(x, scale, shift, kernel, bias, split, dtype):
