@@ -114,7 +114,7 @@ class Mlp(nn.Module):
         dim = x.shape[-1]
         hidden = int(dim * self.ratio)
         x = linear(hidden, self.dtype, "fc1", torch_init_from=dim if self.torch_init else None)(x)
-        x = nn.gelu(x, approximate=False)
+        x = token_forms.gelu(x)
         x = nn.Dropout(self.drop_rate, deterministic=False)(x)
         x = linear(dim, self.dtype, "fc2", torch_init_from=hidden if self.torch_init else None)(x)
         return nn.Dropout(self.drop_rate, deterministic=False)(x)

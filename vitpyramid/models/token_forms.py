@@ -1,4 +1,4 @@
-"""What blocks do to tokens, written twice as in `forms`: LayerNorm, softmax attention.
+"""What blocks do to tokens, written twice as in `forms`: LayerNorm, GELU, softmax attention.
 
 The TPU's forms have a backward pass of their own, which stores less and passes fewer times over it.
 """
@@ -63,6 +63,36 @@ def _normed_backward(epsilon, dtype, stored, cotangent):
 
 
 layer_norm_one_pass.defvjp(_normed, _normed_backward)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """`x Phi(x)`, the exact (erf) form, `[...]` -> `[...]`.
+
+    In bfloat16 a TPU computes value and slope together, in float32 and rounded once, and keeps the slope for the
+    backward pass, which is then one product. By itself the compiler takes `erfc`, three times as many operations, and
+    keeps it beside `x`: both are read where one would do. The form has few digits left below -5, where GELU is 1e-6.
+    """
+    return by_device(gelu_with_slope if x.dtype == jnp.bfloat16 else gelu_erfc, gelu_erfc, x)
+
+
+def gelu_erfc(x):
+    return jax.nn.gelu(x, approximate=False)
+
+
+@jax.custom_vjp
+def gelu_with_slope(x):
+    return _value_and_slope(x)[0]
+
+
+def _value_and_slope(x):
+    wide = x.astype(at_least_float32(x.dtype))
+    share = 0.5 + 0.5 * jax.lax.erf(wide * 0.5**0.5)
+    slope = share + wide * jnp.exp(-0.5 * jnp.square(wide)) * (2 * jnp.pi) ** -0.5
+    # Without the barrier the slope is computed in the backward pass, from `x`.
+    return jax.lax.optimization_barrier(((wide * share).astype(x.dtype), slope.astype(x.dtype)))
+
+
+gelu_with_slope.defvjp(_value_and_slope, lambda slope, cotangent: (cotangent * slope,))
 
 
 def attention(query: jax.Array, key: jax.Array, value: jax.Array, scale: float) -> jax.Array:
