@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_convolve = functools.partial(jax.lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+convolve = functools.partial(jax.lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def at_least_float32(dtype):
@@ -62,7 +62,7 @@ def widening_convolution_tpu(x, kernel, bias, dtype):
     dim, features = x.shape[-1], kernel.shape[-1]
     group = jnp.arange(features) // (features // dim)
     kernel = jnp.where(group == jnp.arange(dim)[:, None], kernel, 0)  # [3, 3, C, features]
-    return _convolve(x, kernel, (2, 2), [(1, 1)] * 2) + bias
+    return convolve(x, kernel, (2, 2), [(1, 1)] * 2) + bias
 
 
 def reducing_convolution(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype) -> jax.Array:
@@ -98,7 +98,7 @@ def reducing_products(x, kernel, bias, dtype):
 def reducing_convolution_tpu(x, kernel, bias, dtype):
     x, kernel, bias = (array.astype(dtype) for array in (x, kernel, bias))
     sr = kernel.shape[0] - 1
-    return _convolve(x, kernel, (sr, sr), [(sr // 2, sr // 2)] * 2, feature_group_count=x.shape[-1]) + bias
+    return convolve(x, kernel, (sr, sr), [(sr // 2, sr // 2)] * 2, feature_group_count=x.shape[-1]) + bias
 
 
 def patch_product(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype) -> jax.Array:
@@ -131,7 +131,7 @@ def patch_matrix_product(x, kernel, bias, dtype):
 
 def patch_convolution_tpu(x, kernel, bias, dtype):
     x, kernel, bias = (array.astype(dtype) for array in (x, kernel, bias))
-    return _convolve(x, kernel, kernel.shape[:2], "VALID") + bias
+    return convolve(x, kernel, kernel.shape[:2], "VALID") + bias
 
 
 def packed_linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, heads: int, parts: int, dtype):
@@ -225,7 +225,7 @@ def split_norm_convolution_tpu(x, scale, shift, kernel, bias, split, dtype):
     scaled = (scale[:, None] * kernel).astype(dtype)
     windows = scaled.reshape(-1, window, window, features).transpose(1, 2, 0, 3)  # [ky, kx, c, features]
     strides, pads = (stride, stride), [(padding, padding)] * 2
-    product = _convolve(x, windows, strides, pads, preferred_element_type=wide)
+    product = convolve(x, windows, strides, pads, preferred_element_type=wide)
 
     def window_mean(values):
         zero, shape = np.zeros((), wide), (1, window, window, 1)
