@@ -98,9 +98,9 @@ gelu_with_slope.defvjp(_value_and_slope, lambda slope, cotangent: (cotangent * s
 def attention(query: jax.Array, key: jax.Array, value: jax.Array, scale: float) -> jax.Array:
     """`softmax(scale * query key^T) value` for each head, the softmax in at least float32.
 
-    A TPU spends most of it on moving weights `[N, M]`, not on products. Its form computes the logits twice, once for
-    their maximum alone, divides what comes out instead of the weights, and keeps for the backward pass what it
-    multiplied by: exponents in the dtype of `value`.
+    A TPU spends most of it on moving weights `[N, M]`, not on products. Its form keeps them for the backward pass once,
+    in the dtype of `value` in which they were multiplied, and takes the sums that the softmax's gradient needs over
+    `d` instead of over keys.
 
     Args:
       query: `[B, N, heads, d]`.
@@ -132,34 +132,22 @@ def attention_tpu(query, key, value, scale):
 
 
 def _attended(query, key, value, scale):
-    largest = _logits(query, key, scale).max(-1, keepdims=True)
-    # Without the barrier both products are merged into one, and its logits written.
-    again = jax.lax.optimization_barrier((query, key, largest))
-    exponents = jnp.exp(_logits(*again[:2], scale) - again[2])
-    shares = _tokens_first(1 / exponents.sum(-1))
-    exponents = exponents.astype(value.dtype)
-    out = jnp.einsum("bhnm,bmhd->bnhd", exponents, value, preferred_element_type=shares.dtype)
-    out = (out * shares).astype(value.dtype)
-    return out, (query, key, value, exponents, shares, out)
+    weights = attention_weights(query, key, scale).astype(value.dtype)
+    out = jnp.einsum("bhnm,bmhd->bnhd", weights, value)
+    return out, (query, key, value, weights, out)
 
 
 def _attended_backward(scale, stored, cotangent):
-    query, key, value, exponents, shares, out = stored
-    cotangent = cotangent * shares
-    # The sum over keys of weights times their cotangents.
-    level = (cotangent * out).sum(-1).swapaxes(1, 2)[..., None]
-    cotangent = cotangent.astype(value.dtype)
-    of_value = jnp.einsum("bhnm,bnhd->bmhd", exponents, cotangent)
-    of_weights = jnp.einsum("bnhd,bmhd->bhnm", cotangent, value, preferred_element_type=shares.dtype)
-    of_logits = (exponents * (of_weights - level) * scale).astype(query.dtype)
+    query, key, value, weights, out = stored
+    wide = at_least_float32(query.dtype)
+    # Of each row of weights times their cotangents, without a pass over those.
+    level = (cotangent.astype(wide) * out).sum(-1).swapaxes(1, 2)[..., None]
+    of_value = jnp.einsum("bhnm,bnhd->bmhd", weights, cotangent)
+    of_weights = jnp.einsum("bnhd,bmhd->bhnm", cotangent, value, preferred_element_type=wide)
+    of_logits = (weights * (of_weights - level) * scale).astype(query.dtype)
     of_query = jnp.einsum("bhnm,bmhd->bnhd", of_logits, key)
     of_key = jnp.einsum("bhnm,bnhd->bmhd", of_logits, query)
     return of_query, of_key, of_value
 
 
 attention_tpu.defvjp(_attended, _attended_backward)
-
-
-def _tokens_first(x):
-    """`[B, heads, N]` -> `[B, N, heads, 1]`."""
-    return x.swapaxes(1, 2)[..., None]
