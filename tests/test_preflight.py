@@ -174,9 +174,10 @@ def test_multiply_accumulates_of_a_strided_convolution():
 
 def test_multiply_accumulates_are_of_the_form_without_padding():
     def both(x, w):
-        return jax.lax.platform_dependent(x, w, tpu=lambda x, w: x @ w @ w, default=lambda x, w: x @ w).sum()
+        return jax.lax.platform_dependent(x, w, tpu=lambda x, w: x @ w @ w, default=lambda x, w: x @ w)
 
-    assert counted(jax.grad(both, argnums=1), (2, 3), (3, 3)).total() == 2 * 18
+    squares = jax.grad(lambda x, w: (both(x, w) ** 2).sum(), argnums=1)
+    assert counted(squares, (2, 3), (3, 3)).total() == 2 * 18
 
 
 def test_topologies():
@@ -230,7 +231,7 @@ def test_largest_batch():
     found, calls = search(straight, {64: 364}, 0)
     assert calls == [] and (found["compiled"], found["line"]) == (64, 216)
     found, calls = search(straight, {1024: 1324}, 2)  # too large: downwards
-    assert calls == [752, 640] or found["compiled"] in range(600, 701)
+    assert calls == [752, 696] and found["compiled"] == found["line"] == 696
     found, _ = search(lambda batch: 5000, {64: 5000}, 3)
     assert (found["compiled"], found["line"]) == (None, 0)
     found, calls = search(lambda batch: 150, {64: 150}, 1)  # the line is not trusted for more than sixteen times

@@ -163,23 +163,26 @@ def largest_batch(
     tried = {0: held} | known
 
     def line() -> int:
-        fitting = sorted(batch for batch, size in tried.items() if size <= limit)
-        if not fitting:
-            return 0
-        beyond = min((batch for batch, size in tried.items() if size > limit), default=None)
-        low, high = (fitting[-1], beyond) if beyond else (fitting[-2], fitting[-1]) if len(fitting) > 1 else (0, 0)
-        slope = (tried[high] - tried[low]) / max(1, high - low)
-        most = 16 * high if not beyond else beyond - 1  # no line is good for more
+        best, beyond = bounds()
+        # What is held at 0 is no point of the line, since some of a step's memory does not grow with the batch.
+        points = sorted(filter(None, tried), key=lambda batch: abs(tried[batch] - limit))[:2]
+        low, high = sorted(points if len(points) == 2 else [0, *points])
+        slope = (tried[high] - tried[low]) / (high - low)
+        most = beyond - 1 if beyond else 16 * high  # no line is good for more
         batch = low + (limit - tried[low]) / slope if slope > 0 else most
-        return max(int(min(batch, most)) // unit * unit, fitting[-1])
+        return max(int(min(batch, most)) // unit * unit, best)
+
+    def bounds() -> tuple[int, int | None]:
+        beyond = [batch for batch, size in tried.items() if size > limit]
+        return max((b for b, size in tried.items() if size <= limit), default=0), min(beyond, default=None)
 
     for _ in range(compiles):
-        batch, best = line(), max(batch for batch, size in tried.items() if size <= limit or batch == 0)
-        if batch <= 1.02 * best:
+        batch = line()
+        if batch <= 1.02 * bounds()[0]:
             break
         tried[batch] = needs(batch)
-    best = max(batch for batch, size in tried.items() if size <= limit or batch == 0)
-    return {"compiled": best or None, "line": line(), "tried": {b: size for b, size in sorted(tried.items()) if b}}
+    sizes = {batch: size for batch, size in sorted(tried.items()) if batch}
+    return {"compiled": bounds()[0] or None, "line": line(), "tried": sizes}
 
 
 def _with_classes(config: ConfigDict) -> ConfigDict:
