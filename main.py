@@ -60,6 +60,8 @@ def main(argv: list[str]) -> int:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; flags start with --")
     if FLAGS.mode == "preflight":
         return _preflight()
+    if FLAGS.topology:
+        sys.exit(f"--topology={FLAGS.topology} goes with --mode=preflight, not with --mode={FLAGS.mode}")
     try:
         _join_processes()
     except (RuntimeError, ValueError) as error:
@@ -112,7 +114,7 @@ def _preflight() -> int:
         _log_to(sys.stderr)
         options = FLAGS.topology, FLAGS.num_slices, FLAGS.search_compiles, FLAGS.json
         return 0 if preflight.run(CONFIG.value, base.get_config(), *options) else EXIT_CONFIG
-    except ValueError as error:
+    except ConfigError as error:
         sys.exit(str(error))
 
 

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
+from vitpyramid.tasks import ConfigError
+
 
 class Chip(NamedTuple):
     """What a kind of TPU can do.
@@ -71,7 +73,7 @@ def parse_topology(text: str) -> tuple[str, str]:
     """Kind and shape of a topology such as "v5e:16x16".
 
     Raises:
-      ValueError: none that can be had; the message names the good ones.
+      ConfigError: none that can be had; the message names the good ones.
     """
     kind, _, shape = text.partition(":")
     if kind in CHIPS and shape in shapes(kind):
@@ -79,9 +81,9 @@ def parse_topology(text: str) -> tuple[str, str]:
     if kind in CHIPS:
         good = " ".join(f"{kind}:{shape}" for shape in shapes(kind)[:12])
         more = f" and other AxBxC of multiples of 4, A <= B <= C, up to {CHIPS[kind].most} chips"
-        raise ValueError(f"--topology={text}: expected one of {good}{more if len(shapes(kind)) > 12 else ''}")
+        raise ConfigError(f"--topology={text}: expected one of {good}{more if len(shapes(kind)) > 12 else ''}")
     flat = " ".join(_FLAT)
-    raise ValueError(
+    raise ConfigError(
         f"--topology={text}: expected KIND:SHAPE, such as v5e:16x16; v5e and v6e have {flat}; v4, v5p and tpu7x have "
         f"{' '.join(_SMALL)}, 4x4x4 and other AxBxC of multiples of 4"
     )
@@ -91,10 +93,10 @@ def use_absent_chips() -> None:
     """Makes this process compile for chips that it does not have; to be called before JAX looks for devices.
 
     Raises:
-      ValueError: no libtpu, which has the compiler.
+      ConfigError: no libtpu, which has the compiler.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError("--topology needs the TPU's compiler: pip install 'vitpyramid[tpu]'")
+        raise ConfigError("--topology needs the TPU's compiler: pip install 'vitpyramid[tpu]'")
     os.environ |= {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
@@ -110,7 +112,7 @@ def absent_devices(topology: str, num_slices: int = 1) -> list[jax.Device]:
     """Devices of a topology, for compiling only, after `use_absent_chips`.
 
     Raises:
-      ValueError: as `parse_topology`, and libtpu's refusals.
+      ConfigError: as `parse_topology`, and libtpu's refusals.
     """
     kind, shape = parse_topology(topology)
     options = dict(CHIPS[kind].options)
@@ -121,4 +123,4 @@ def absent_devices(topology: str, num_slices: int = 1) -> list[jax.Device]:
     try:
         return list(topologies.get_topology_desc(topology, platform="tpu", **options).devices)
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"--topology={topology}: the installed libtpu refuses it: {error}") from error
+        raise ConfigError(f"--topology={topology}: the installed libtpu refuses it: {error}") from error

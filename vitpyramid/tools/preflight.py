@@ -2,8 +2,8 @@
 
     python main.py --config=configs/pvt.py:large --mode=preflight --topology=v5e:16x16 [--num_slices=2] [--json]
 
-The steps are the ones that training runs. `preflight` gives the findings as a dictionary, which `--json` prints; its
-keys are in the README. Nothing is read from or written to a work directory, a data set or a file of weights.
+The steps are the ones that training runs. `preflight` gives the findings as a dictionary, which `--json` prints.
+Nothing is read from or written to a work directory, a data set or a file of weights.
 
 FLOPs are twice the multiply-accumulates of the traced step (`macs.py`), whatever form a sum has on a device. Memory is
 what the compiler reports. Times are the TPU compiler's estimated cycles and what the links need at their full rate:
@@ -56,12 +56,25 @@ def preflight(
       num_slices: of that topology, connected by the data-centre network.
       search_compiles: further compilations that the search of the largest batch may take.
 
+    Returns:
+      What can be written as JSON: `title`, `jax`, `device_kind`, `topology` (None: this machine), `num_slices`,
+      `chips`, `devices`, `mesh`, `parameters`, `unit` (of a batch's rows), `batch_size`, `eval_batch_size`,
+      `memory_limit` (bytes of a device, or None), `fits`, `steps` (of the recipe; None where `steps_unknown` says why),
+      `largest_batch` (as the function of this name gives it), and of the two steps, `train` and `eval`:
+
+      * `fits`, `spare` (bytes, negative where it does not fit), `memory` (bytes of a device by part), `error` (the
+        compiler's, with the largest buffers), `compile_seconds`;
+      * `flops` of a whole batch, `model_flops` without what is computed a second time;
+      * `cycles` (estimated), `without_estimate` (how many operations have none), `operations` (`module`, `seconds` or
+        `flops`, `share`), `collectives` (rows of `hlo.Transfer`), `text_error` (why the program's text is missing);
+      * `estimate`, None without cycles: `seconds`, `waiting_for_links` (a part of them), `images_per_second`,
+        `images_per_second_per_chip`, `mfu`, and in `train` `hours` of the recipe's training steps.
+
     Raises:
-      ConfigError: the config cannot be run there.
-      ValueError: no such topology, or no compiler for it.
+      ConfigError: the config cannot be run there; no such topology, or no compiler for it.
     """
     if num_slices > 1 and not topology:
-        raise ValueError(f"--num_slices={num_slices}: expected a --topology beside it")
+        raise ConfigError(f"--num_slices={num_slices}: expected a --topology beside it")
     devices = chips.absent_devices(topology, num_slices) if topology else jax.devices()
     chip = chips.CHIPS[topology.partition(":")[0]] if topology else None
     num_chips = len(devices) // (chip.devices if chip else 1)
@@ -243,7 +256,7 @@ def _examine(what: str, function, shapes: tuple, limit: float | None, held: int,
     step = _compile(what, function, shapes, limit, held)
     compiled = step.pop("compiled", None)
     step |= {"flops": 2 * found.total(), "model_flops": 2 * found.total(), "cycles": None, "collectives": []}
-    step |= {"without_estimate": 0, "operations": _costliest(found, "flops", 2)}
+    step |= {"without_estimate": 0, "text_error": None, "operations": _costliest(found, "flops", 2)}
     if compiled is None:
         return step
     try:
@@ -297,16 +310,17 @@ def _compile(what: str, function, shapes: tuple, limit: float | None, held: int)
         if needed is None:
             raise
         log.info("the %s does not fit, found after %.1f s", what, time.perf_counter() - start)
-        memory, text = {"arguments": held, "temporaries": None, "peak": needed}, largest_buffers(str(error))
-        return {"fits": False, "spare": (limit or 0) - needed, "memory": memory, "error": text}
+        memory = dict.fromkeys(("temporaries", "outputs", "code")) | {"arguments": held, "peak": needed}
+        found = {"fits": False, "spare": (limit or 0) - needed, "memory": memory, "error": largest_buffers(str(error))}
+        return found | {"compile_seconds": time.perf_counter() - start}
     stats = compiled.memory_analysis()
     arguments, temporaries = stats.argument_size_in_bytes, stats.temp_size_in_bytes
     outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
     # The compiler's peak is of arrays alone, and smaller than their sum where lifetimes do not meet.
     peak = max(stats.peak_memory_in_bytes, arguments + outputs + temporaries) + stats.generated_code_size_in_bytes
-    memory = {"arguments": arguments, "temporaries": temporaries, "outputs": outputs, "peak": peak}
-    memory["code"] = stats.generated_code_size_in_bytes
-    found = {"compiled": compiled, "compile_seconds": time.perf_counter() - start, "memory": memory}
+    memory = {"temporaries": temporaries, "outputs": outputs, "code": stats.generated_code_size_in_bytes}
+    memory |= {"arguments": arguments, "peak": peak}
+    found = {"compiled": compiled, "error": None, "compile_seconds": time.perf_counter() - start, "memory": memory}
     return found | {"fits": peak <= limit if limit else None, "spare": limit - peak if limit else None}
 
 

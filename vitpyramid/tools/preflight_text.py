@@ -30,7 +30,7 @@ def describe(report: dict) -> str:
         *_operations(train),
     ]
     for step, name in ((train, "training"), (evaluation, "evaluation")):
-        if step.get("error"):
+        if step["error"]:
             lines += ["", f"what the compiler says of the {name} step:", step["error"]]
     return "\n".join(lines)
 
@@ -69,8 +69,8 @@ def _times(report: dict) -> list[str]:
     lines = []
     for name, step in (("training step", train), ("evaluation step", evaluation)):
         if not step["estimate"]:
-            reason = "it does not fit" if step.get("error") else "the compiler gives no cycles for this chip"
-            lines.append(f"times         none for the {name}: {step.get('text_error', reason)}")
+            reason = "it does not fit" if step["error"] else "the compiler gives no cycles for this chip"
+            lines.append(f"times         none for the {name}: {step['text_error'] or reason}")
             continue
         found = step["estimate"]
         lines.append(
@@ -91,7 +91,7 @@ def _times(report: dict) -> list[str]:
 
 def _collectives(name: str, step: dict, report: dict) -> list[str]:
     if not step["collectives"]:
-        return ["", f"collectives of the {name} step: none"] if report["devices"] > 1 and "error" not in step else []
+        return ["", f"collectives of the {name} step: none"] if report["devices"] > 1 and not step["error"] else []
     lines = ["", f"collectives of the {name} step, a device"]
     lines.append(f"  {'kind':20}{'link':9}{'times':>6}{'MiB':>11}{'ms':>9}{'waited':>9}")
     for row in step["collectives"]:
