@@ -46,7 +46,7 @@ def _stem(x, kernels, norms, of_batch, dtype, folds, one_pass=False):
     """`folds`: rows and columns that share a row of channels, of each convolution's input and of the last's output."""
     x, moments = x.astype(dtype), []
     for i, (kernel, stride) in enumerate(zip(kernels, (2, 1, 2), strict=True)):
-        x = folded_convolution(x, kernel.astype(dtype), stride, folds[i], folds[i + 1])
+        x = folded_convolution(x, kernel, stride, folds[i], folds[i + 1])
         if i < len(norms):
             x, found = batch_norm(x, *norms[i], of_batch, one_pass, math.prod(folds[i + 1]))
             x = jax.nn.relu(x)
@@ -102,12 +102,16 @@ def folded_convolution(x: jax.Array, kernel: jax.Array, stride: int, fold: Pair,
                 selection[cell - first, place, a, tap] = 1
         strides.append(step)
         pads.append((-first, (cells - 1) * step + last + 1 - side))
-        selections.append(selection.astype(kernel.dtype))
+        selections.append(selection)
     if fold != (1, 1) or out_fold != (1, 1):
         # Every sum has one term that is not zero.
-        kernel = jnp.einsum("ypak,xqbl,klio->yxpqiabo", *selections, kernel, precision="highest")
-        kernel = kernel.reshape(*kernel.shape[:2], x.shape[-1], -1)
-    return convolve(x, kernel, strides, pads)
+        rows, columns = selections
+        both = np.einsum("ypak,xqbl->yxpqabkl", rows, columns).reshape(-1, 9)
+        channels = kernel.shape[2:]
+        kernel = jnp.dot(both.astype(kernel.dtype), kernel.reshape(9, -1), precision="highest")
+        shape = (len(rows), len(columns), math.prod(fold), math.prod(out_fold), *channels)
+        kernel = kernel.reshape(shape).swapaxes(3, 4).reshape(*shape[:2], x.shape[-1], -1)
+    return convolve(x, kernel.astype(x.dtype), strides, pads)
 
 
 def mixed_weights(query, key, mixing, bias) -> jax.Array:
