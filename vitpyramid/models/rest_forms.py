@@ -15,10 +15,11 @@ Arrays = tuple[jax.Array, ...]
 def stem(x: jax.Array, kernels: Arrays, norms: tuple[Arrays, ...], of_batch: bool, dtype) -> tuple[jax.Array, tuple]:
     """Convolutions of strides 2, 1 and 2, padded by 1; batch norm (epsilon 1e-5) and ReLU behind the first and second.
 
-    A TPU gives a map whose channels do not fill its lanes as much room and time as one whose do: there two rows
-    and two columns, where a side is even, share a row of channels, by kernels that are zero where they do not meet. In bfloat16 it takes the statistics in one
-    pass, which is then part of the convolution: the variance is a difference of two sums, of what is left without the
-    running mean. That loses digits where a batch is far from the running mean: too many for float32.
+    A TPU gives a map whose channels do not fill its lanes as much room and time as one whose do: there two rows and two
+    columns, where a side is even, share a row of channels, by kernels that are zero where they do not meet. In bfloat16
+    it takes the statistics in one pass, which is then part of the convolution: the variance is a difference of two
+    sums, of what is left without the running mean. That loses digits where a batch is far from the running mean: too
+    many for float32.
 
     Args:
       x: `[B, H, W, C]`.
