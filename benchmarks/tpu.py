@@ -57,6 +57,9 @@ LAYERS = {
     "patch 16": (layers.PatchConv(384, 16, BF16), (224, 224, 3)),
     "pvt sr 8": (layers.PatchConv(64, 8, BF16), (56, 56, 64)),
     "attention 197": (SelfAttention(6, qkv_bias=True, dtype=BF16), (197, 384)),
+    "norm 197": (layers.LayerNorm(1e-6, BF16), (197, 384)),
+    "mlp 197": (layers.Mlp(4, dtype=BF16), (197, 384)),
+    "mlp 3136": (layers.Mlp(8, dtype=BF16), (3136, 64)),
 }
 
 
