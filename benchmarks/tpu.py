@@ -11,6 +11,7 @@ transformer blocks in each stage: one tells most of the story in a fraction of t
 
 import argparse
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -42,6 +43,10 @@ class SplitProjection(nn.Module):
 LAYERS = {
     "pit pool 27": (pit.PoolConv(288, BF16), (27, 27, 144)),
     "pit pool 14": (pit.PoolConv(576, BF16), (14, 14, 288)),
+    "rest stem": (rest.Stem(96, True, BF16), (224, 224, 3)),
+    "rest attention 2": (rest.EfficientAttention(2, 4, (28, 28), 0.0, BF16), (784, 192)),
+    "rest attention 3": (rest.EfficientAttention(4, 2, (14, 14), 0.0, BF16), (196, 384)),
+    "rest attention 4": (rest.EfficientAttention(8, 1, (7, 7), 0.0, BF16), (49, 768)),
     "rest sr 8": (rest.ReduceConv(8, BF16), (56, 56, 96)),
     "rest sr 4": (rest.ReduceConv(4, BF16), (28, 28, 192)),
     "rest sr 2": (rest.ReduceConv(2, BF16), (14, 14, 384)),
@@ -62,13 +67,14 @@ def compile_layer(module: nn.Module, shape: tuple[int, ...], images: int, device
     """A layer with its gradients: of parameters and, unless that is an image, of the input."""
     x = jax.ShapeDtypeStruct((images, *shape), BF16)
     variables = jax.eval_shape(module.init, jax.random.key(0), x)
-    out = jax.eval_shape(module.apply, variables, x)
+    apply = functools.partial(module.apply, mutable=["batch_stats"])
+    out = jax.eval_shape(apply, variables, x)
 
     def both(variables, x, cotangent):
         if shape[-1] == 3:
-            out, backward = jax.vjp(lambda variables: module.apply(variables, x), variables)
+            out, backward = jax.vjp(lambda variables: apply(variables, x), variables)
         else:
-            out, backward = jax.vjp(module.apply, variables, x)
+            out, backward = jax.vjp(apply, variables, x)
         return out, backward(cotangent)
 
     sharding = SingleDeviceSharding(device)
