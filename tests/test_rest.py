@@ -14,7 +14,8 @@ import golden
 import harness
 from harness import apply, quick_jit, random_images, random_variables
 from rest_by_hand import Numpy, torch_weights
-from vitpyramid.models.rest import BatchNorm, HeadMixing, ResT, instance_norm
+from vitpyramid.models.rest import BatchNorm, HeadMixing, ResT
+from vitpyramid.models.rest_forms import instance_norm
 from vitpyramid.train.sharding import make_mesh
 
 GOLDENS = [
@@ -187,6 +188,6 @@ def test_initialisation():
             bound = fan_in[module] ** -0.5
             assert np.max(np.abs(x)) <= bound, path
             assert np.std(x) == pytest.approx(bound / 3**0.5, rel=6 / np.sqrt(2 * x.size)), path
-    mixing = HeadMixing().init(jax.random.key(0), jnp.zeros((1, 64, 2, 2)))["params"]
+    mixing = HeadMixing(64).init(jax.random.key(0))["params"]
     assert np.std(mixing["bias"]) == pytest.approx(64**-0.5 / 3**0.5, rel=0.4)
     assert np.std(mixing["kernel"]) == pytest.approx(0.02, rel=0.1)

@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vitpyramid.models import forms
+from vitpyramid.models import forms, rest_forms
 from vitpyramid.models.attention import Block, attend, output_dropout
 from vitpyramid.models.backbone import Backbone, Level, Stage, Variant
 from vitpyramid.models.layers import (
@@ -66,8 +66,33 @@ class PixelAttention(nn.Module):
         return x * nn.sigmoid(convolution(c, 3, 1, self.dtype, "pa_conv", groups=c, bias_fan_in=9)(x))
 
 
+class StemConv(nn.Module):
+    """The kernel of a convolution of the stem."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, c: int) -> jax.Array:
+        """`[3, 3, c, features]`."""
+        return self.param("kernel", normal_init, (3, 3, c, self.features))
+
+
+class StemNorm(nn.Module):
+    """The variables of a `BatchNorm` whose sums belong to the stem's."""
+
+    dim: int
+
+    @nn.compact
+    def __call__(self) -> tuple[jax.Array, jax.Array, nn.Variable, nn.Variable]:
+        """Scale, shift, running mean and running variance, `[dim]` each."""
+        scale = self.param("scale", nn.initializers.ones, (self.dim,))
+        bias = self.param("bias", nn.initializers.zeros, (self.dim,))
+        mean = self.variable("batch_stats", "mean", jnp.zeros, (self.dim,))
+        return scale, bias, mean, self.variable("batch_stats", "var", jnp.ones, (self.dim,))
+
+
 class Stem(nn.Module):
-    """Three convolutions, of which two halve the map; no norm behind the last."""
+    """Three convolutions, of which two halve the map; batch norm and ReLU behind the first two."""
 
     dim: int
     train: bool
@@ -76,11 +101,22 @@ class Stem(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, H, W, 3]` -> `[B, ceil(H / 4), ceil(W / 4), dim]`."""
-        x = convolution(self.dim // 2, 3, 2, self.dtype, "conv1")(x)
-        x = nn.relu(BatchNorm(self.train, self.dtype, name="norm1")(x))
-        x = convolution(self.dim // 2, 3, 1, self.dtype, "conv2")(x)
-        x = nn.relu(BatchNorm(self.train, self.dtype, name="norm2")(x))
-        x = convolution(self.dim, 3, 2, self.dtype, "conv3")(x)
+        b, height, width, c = x.shape
+        half, values = self.dim // 2, b * -(-height // 2) * -(-width // 2)
+        if self.train and values < 2:
+            raise ValueError(f"the stem got {x.shape} in training, expected more than one value in each channel's norm")
+        kernels = (
+            StemConv(half, name="conv1")(c),
+            StemConv(half, name="conv2")(half),
+            StemConv(self.dim, name="conv3")(half),
+        )
+        norms = [StemNorm(half, name=name)() for name in ("norm1", "norm2")]
+        arrays = tuple((scale, bias, mean.value, var.value) for scale, bias, mean, var in norms)
+        x, moments = rest_forms.stem(x, kernels, arrays, self.train, self.dtype)
+        if self.train and not self.is_initializing():
+            for (_, _, mean, var), (of_mean, of_var) in zip(norms, moments, strict=True):
+                mean.value = 0.9 * mean.value + 0.1 * of_mean
+                var.value = 0.9 * var.value + 0.1 * of_var * (values / (values - 1))
         return PixelAttention(self.dtype, name="pos")(x)
 
 
@@ -123,21 +159,15 @@ class ReduceConv(nn.Module):
 
 
 class HeadMixing(nn.Module):
-    """1 x 1 convolution across heads: every head's logits become a sum over all heads'."""
+    """The parameters of a 1 x 1 convolution across heads: every head's logits become a sum over all heads'."""
+
+    heads: int
 
     @nn.compact
-    def __call__(self, logits: jax.Array) -> jax.Array:
-        """`[B, heads, N, M]` -> the same."""
-        heads = logits.shape[1]
-        kernel = self.param("kernel", normal_init, (1, 1, heads, heads))
-        bias = self.param("bias", torch_bias_init(heads), (heads,))
-        return jnp.einsum("bhnm,hg->bgnm", logits, kernel[0, 0]) + bias[:, None, None]
-
-
-def instance_norm(x: jax.Array) -> jax.Array:
-    """Each `[N, M]` map of `x` `[B, heads, N, M]` to mean 0 and variance 1; no parameters, no running statistics."""
-    x = x - x.mean((2, 3), keepdims=True)
-    return x * jax.lax.rsqrt(jnp.square(x).mean((2, 3), keepdims=True) + 1e-5)
+    def __call__(self) -> tuple[jax.Array, jax.Array]:
+        """Kernel `[heads, heads]` and bias `[heads]`."""
+        kernel = self.param("kernel", normal_init, (1, 1, self.heads, self.heads))
+        return kernel[0, 0], self.param("bias", torch_bias_init(self.heads), (self.heads,))
 
 
 class EfficientAttention(nn.Module):
@@ -166,10 +196,10 @@ class EfficientAttention(nn.Module):
 
     def attend_mixed(self, query, key, value) -> jax.Array:
         """`attend` with `transform_conv` before the softmax and instance norm after it, which leaves rows of sum 0."""
-        logits = jnp.einsum("bnhd,bmhd->bhnm", query, key, preferred_element_type=at_least_float32(query.dtype))
-        weights = instance_norm(jax.nn.softmax(HeadMixing(name="transform_conv")(logits * query.shape[-1] ** -0.5)))
-        self.sow("intermediates", "attention", weights)
-        out = jnp.einsum("bhnm,bmhd->bnhd", weights.astype(value.dtype), value)
+        arrays = query, key, value, *HeadMixing(self.heads, name="transform_conv")()
+        if self.is_mutable_collection("intermediates"):
+            self.sow("intermediates", "attention", rest_forms.mixed_weights(query, key, *arrays[3:]))
+        out = rest_forms.mixed_attention(*arrays)
         return out.reshape(*out.shape[:2], -1)
 
 
