@@ -22,7 +22,7 @@ class Step(nn.Module):
 
 
 class Network(nn.Module):
-    """Parameters of every kind, one longer than a piece, plain, recomputed, in a loop, and by Flax's own initialiser."""
+    """Parameters of every kind, one longer than a piece: plain, recomputed, in a loop, by Flax's own initialiser."""
 
     @nn.compact
     def __call__(self, x, train):
@@ -52,7 +52,8 @@ def test_values_are_flaxs(key, same):
     expected = traverse_util.flatten_dict(expected, sep="/")
     for path, value in traverse_util.flatten_dict(found, sep="/").items():
         assert value.dtype == jnp.float32
-        np.testing.assert_allclose(value, expected[path], rtol=1e-6, atol=1e-7, err_msg=path)
+        # Two programs round differently, most of all the orthogonal one's QR. Other numbers would be off by 0.01.
+        np.testing.assert_allclose(value, expected[path], rtol=0, atol=1e-6, err_msg=path)
 
 
 def test_keys_of_another_kind_are_flaxs_own():

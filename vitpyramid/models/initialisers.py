@@ -3,7 +3,7 @@
 Each draw is hundreds of instructions, and XLA compiles those of every parameter anew: minutes for a network on a CPU.
 So `init` gives the modules a key that only notes what is folded into it, and the initialisers here, which notice such a
 key, answer with what to draw (`Later`). All of it is then drawn in pieces of one length. The numbers are those of
-`flax.linen.Module.init`, to the rounding of a bias.
+`flax.linen.Module.init`, to rounding.
 """
 
 import functools
