@@ -1,27 +1,41 @@
-"""Whether a checkpoint is what was written: a checksum of each of its files, verified before it is read."""
+"""Whether a checkpoint is what was written: a checksum of each of its files, verified before it is read.
 
+In a bucket, which renames no folder, a step has its final name from the start, and it is complete when `COMMIT` is in
+it. Checksums are those that the bucket keeps of its objects; no file is read for them.
+"""
+
+import base64
 import itertools
 import json
 import logging
+import os
 from pathlib import Path
 
 import google_crc32c
 
-from vitpyramid.files import write_atomically
+from vitpyramid.files import as_path, bucket_files, in_bucket, write_atomically
 
 SUMS = "checksums.json"  # in the folder of a step: {file: [bytes, CRC-32C]}
 _ITEMS = ("meta", "state")
 _NEEDED = ("_CHECKPOINT_METADATA", "meta/metadata", "state/_METADATA")
 _CHUNK = 1 << 20
+COMMIT = "commit_success.txt"  # Orbax's
 
 log = logging.getLogger(__name__)
 
 
 def seal(folder: Path) -> None:
     """Writes the checksums of a step, all of whose arrays and metadata are in `folder`."""
-    files = [file for item in _ITEMS for file in sorted((folder / item).rglob("*")) if file.is_file()]
-    sums = {str(file.relative_to(folder)): _sum(file) for file in files if file.name != "commit_success.txt"}
+    files = [file for item in _ITEMS for file in sorted(_files_below(folder / item))]
+    sums = {str(file.relative_to(folder)): _sum(file) for file in files if file.name != COMMIT}
     write_atomically(folder / SUMS, json.dumps(sums))
+
+
+def seal_written(checkpoints: Path) -> None:
+    """Seals the step all of whose files are written, and which is about to be made complete."""
+    for folder in checkpoints.iterdir():
+        if _is_uncommitted(folder) if in_bucket(folder) else ".orbax-checkpoint-tmp" in folder.name:
+            seal(folder)
 
 
 def newest_intact(checkpoints: Path, set_aside: bool = False) -> int | None:
@@ -44,15 +58,32 @@ def newest_intact(checkpoints: Path, set_aside: bool = False) -> int | None:
         raise OSError(f"{checkpoints}: expected an intact checkpoint, {found[0]} {problems[found[0]]}, nor is another")
     for damaged in problems if set_aside else ():
         names = (checkpoints / f"{damaged}.damaged-{number}" for number in itertools.count(1))
-        (checkpoints / str(damaged)).rename(next(name for name in names if not name.exists()))
+        _set_aside(checkpoints / str(damaged), next(name for name in names if not name.exists()))
     return step if found else None
 
 
+def _set_aside(folder: Path, name: Path) -> None:
+    if in_bucket(folder):
+        # File by file: one that is moved in part must not be taken for a step, nor, by Orbax, for the rest of a save.
+        write_atomically(name / COMMIT, "")
+        (folder / COMMIT).unlink()
+        for file in _files_below(folder):
+            target = os.fspath(name / file.relative_to(folder))
+            bucket_files().mv(os.fspath(file), target)
+    else:
+        folder.rename(name)
+
+
 def steps(checkpoints: Path) -> list[int]:
-    """Steps that are there under their final names, the newest first."""
+    """Steps that are there under their final names, and complete, the newest first."""
     if not checkpoints.is_dir():
         return []
-    return sorted((int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal()), reverse=True)
+    named = (path for path in checkpoints.iterdir() if path.name.isdecimal())
+    return sorted((int(path.name) for path in named if not _is_uncommitted(path)), reverse=True)
+
+
+def _is_uncommitted(folder: Path) -> bool:
+    return in_bucket(folder) and folder.name.isdecimal() and not (folder / COMMIT).exists()
 
 
 def damage(folder: Path) -> str:
@@ -61,7 +92,7 @@ def damage(folder: Path) -> str:
     A step without checksums, of another version of this program, is only looked through.
     """
     for name in _NEEDED:
-        if not (folder / name).is_file() or not (folder / name).stat().st_size:
+        if not (folder / name).is_file() or not _sum(folder / name)[0]:
             return f"has no {name}"
     try:
         sums = json.loads((folder / SUMS).read_text())
@@ -74,17 +105,28 @@ def damage(folder: Path) -> str:
         file = folder / name
         if not file.is_file():
             return f"has no {name}"
-        if file.stat().st_size != expected[0]:
-            return f"has {file.stat().st_size} bytes of {name}, {expected[0]} were written"
-        if _sum(file) != expected:
+        found = _sum(file)
+        if found[0] != expected[0]:
+            return f"has {found[0]} bytes of {name}, {expected[0]} were written"
+        if found != expected:
             return f"has other bytes in {name} than were written"
     return ""
 
 
+def _files_below(folder: Path) -> list[Path]:
+    if in_bucket(folder):
+        return [as_path(f"gs://{name}") for name in bucket_files().find(os.fspath(folder))]
+    return [file for file in folder.rglob("*") if file.is_file()]
+
+
 def _sum(file: Path) -> list[int]:
     """Bytes and CRC-32C of a file."""
-    sum_ = google_crc32c.Checksum()
+    if in_bucket(file):
+        held = bucket_files().info(os.fspath(file))
+        return [held["size"], int.from_bytes(base64.b64decode(held["crc32c"]), "big")]
+    sum_, size = google_crc32c.Checksum(), 0
     with file.open("rb") as opened:
         while chunk := opened.read(_CHUNK):
             sum_.update(chunk)
-    return [file.stat().st_size, int.from_bytes(sum_.digest(), "big")]
+            size += len(chunk)
+    return [size, int.from_bytes(sum_.digest(), "big")]
