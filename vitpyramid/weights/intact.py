@@ -1,7 +1,7 @@
 """Whether a checkpoint is what was written: a checksum of each of its files, verified before it is read.
 
 In a bucket, which renames no folder, a step has its final name from the start, and it is complete when `COMMIT` is in
-it. Checksums are those that the bucket keeps of its objects; no file is read for them.
+it; Orbax removes folders without one from `checkpoints`. Checksums are those that the bucket keeps of its objects.
 """
 
 import base64
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import google_crc32c
 
-from vitpyramid.files import as_path, bucket_files, in_bucket, write_atomically
+from vitpyramid.files import BUCKET, bucket_files, in_bucket, write_atomically
 
 SUMS = "checksums.json"  # in the folder of a step: {file: [bytes, CRC-32C]}
 _ITEMS = ("meta", "state")
@@ -26,8 +26,12 @@ log = logging.getLogger(__name__)
 
 def seal(folder: Path) -> None:
     """Writes the checksums of a step, all of whose arrays and metadata are in `folder`."""
-    files = [file for item in _ITEMS for file in sorted(_files_below(folder / item))]
-    sums = {str(file.relative_to(folder)): _sum(file) for file in files if file.name != COMMIT}
+    if in_bucket(folder):
+        sums = {name: held for name, held in _held(folder).items() if name.partition("/")[0] in _ITEMS}
+    else:
+        files = [file for item in _ITEMS for file in sorted((folder / item).rglob("*")) if file.is_file()]
+        sums = {str(file.relative_to(folder)): _sum(file) for file in files}
+    sums = {name: held for name, held in sums.items() if not name.endswith(COMMIT)}
     write_atomically(folder / SUMS, json.dumps(sums))
 
 
@@ -67,9 +71,8 @@ def _set_aside(folder: Path, name: Path) -> None:
         # File by file: one that is moved in part must not be taken for a step, nor, by Orbax, for the rest of a save.
         write_atomically(name / COMMIT, "")
         (folder / COMMIT).unlink()
-        for file in _files_below(folder):
-            target = os.fspath(name / file.relative_to(folder))
-            bucket_files().mv(os.fspath(file), target)
+        for file in _held(folder):
+            bucket_files().mv(os.fspath(folder / file), os.fspath(name / file))
     else:
         folder.rename(name)
 
@@ -91,8 +94,9 @@ def damage(folder: Path) -> str:
 
     A step without checksums, of another version of this program, is only looked through.
     """
+    measure = _held(folder).get if in_bucket(folder) else lambda name: _sum(folder / name)
     for name in _NEEDED:
-        if not (folder / name).is_file() or not _sum(folder / name)[0]:
+        if not (measure(name) or [0])[0]:
             return f"has no {name}"
     try:
         sums = json.loads((folder / SUMS).read_text())
@@ -102,10 +106,9 @@ def damage(folder: Path) -> str:
     except ValueError:
         return "has damaged metadata"
     for name, expected in sums.items():
-        file = folder / name
-        if not file.is_file():
+        found = measure(name)
+        if found is None:
             return f"has no {name}"
-        found = _sum(file)
         if found[0] != expected[0]:
             return f"has {found[0]} bytes of {name}, {expected[0]} were written"
         if found != expected:
@@ -113,17 +116,20 @@ def damage(folder: Path) -> str:
     return ""
 
 
-def _files_below(folder: Path) -> list[Path]:
-    if in_bucket(folder):
-        return [as_path(f"gs://{name}") for name in bucket_files().find(os.fspath(folder))]
-    return [file for file in folder.rglob("*") if file.is_file()]
+def _held(folder: Path) -> dict[str, list[int]]:
+    """Bytes and CRC-32C of all objects below a folder of a bucket, out of one listing: no file is read."""
+    found = bucket_files().find(os.fspath(folder), detail=True)
+    skip = len(os.fspath(folder).removeprefix(BUCKET)) + 1
+    return {
+        name[skip:]: [about["size"], int.from_bytes(base64.b64decode(about["crc32c"]), "big")]
+        for name, about in found.items()
+    }
 
 
-def _sum(file: Path) -> list[int]:
-    """Bytes and CRC-32C of a file."""
-    if in_bucket(file):
-        held = bucket_files().info(os.fspath(file))
-        return [held["size"], int.from_bytes(base64.b64decode(held["crc32c"]), "big")]
+def _sum(file: Path) -> list[int] | None:
+    """Bytes and CRC-32C of a file; None if there is none."""
+    if not file.is_file():
+        return None
     sum_, size = google_crc32c.Checksum(), 0
     with file.open("rb") as opened:
         while chunk := opened.read(_CHUNK):
