@@ -73,15 +73,17 @@ class Lease:
 
     def release(self) -> None:
         """Lets go of it, if it is held."""
-        from google.api_core.exceptions import GoogleAPIError
-
         self._ended.set()
-        if self._thread.is_alive():
-            self._thread.join()
-            try:
+        if self._thread.ident is None:
+            return
+        self._thread.join()
+        if self._lost:
+            return
+        try:
+            with in_one_line(self._path):
                 self._blob().delete(if_generation_match=self._generation)
-            except GoogleAPIError as error:
-                log.warning("%s was not removed, the next run will wait: %s", self._path, error)
+        except OSError as error:
+            log.warning("not removed, the next run will wait: %s", error)
 
     def _beat(self) -> None:
         while not self._lost and not self._ended.wait(BEAT):
