@@ -107,6 +107,10 @@ def get_config() -> ConfigDict:
     config.log = ConfigDict()
     config.log.every_steps = 50  # between lines of progress
 
+    config.profile = ConfigDict()  # of some steps, for XProf; it lies in the workdir under tensorboard
+    config.profile.start = 10  # steps that the process takes before it
+    config.profile.steps = 0  # that are traced; 0: none
+
     config.eval = ConfigDict()
     config.eval.batch_size = 1024  # over all devices
     config.eval.every_epochs = 1.0  # and at the end

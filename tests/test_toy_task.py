@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
 import toy_boxes
@@ -65,6 +66,38 @@ def test_what_is_collected_is_of_every_example_once(finished):
     assert step == 80
     assert metrics == pytest.approx(summary.metrics, rel=1e-5)
     assert 0 <= metrics["worst"] < metrics["iou"]
+
+
+@pytest.mark.parametrize("busy", (0, 0.2))
+def test_a_step_waits_for_its_batch_while_the_devices_have_nothing_to_do(tmp_path, monkeypatch, busy):
+    """Batches take 0.05 s to make, steps no time or four times as long."""
+
+    def train_batches(start):
+        for batch in task.train_batches(start):
+            time.sleep(0.05)
+            yield batch
+
+    monkeypatch.setattr(
+        jax, "block_until_ready", lambda tree, wait=jax.block_until_ready: time.sleep(busy) or wait(tree)
+    )
+    task = boxes(epochs=0.5)
+    task.config.log.every_steps = 5
+    loop.train(dataclasses.replace(task, train_batches=train_batches), tmp_path)
+    steps = [record for record in records(tmp_path) if "train/wait_seconds" in record]
+    assert len(steps) == 2
+    waited = steps[1]["train/wait_seconds"]
+    assert 0.04 < waited <= steps[1]["train/step_seconds"] if busy == 0 else waited < 0.02
+
+
+def test_a_profile_of_some_steps(tmp_path):
+    task = boxes(epochs=1.0)
+    task.config.update_from_flattened_dict({"profile.start": 2, "profile.steps": 3})
+    loop.train(task, tmp_path)
+    (trace,) = (tmp_path / "tensorboard" / "plugins" / "profile").glob("*/*.xplane.pb")
+    found = jax.profiler.ProfileData.from_file(str(trace))
+    events = [event for plane in found.planes for line in plane.lines for event in line.events]
+    steps = [dict(event.stats)["step_num"] for event in events if event.name == "train"]
+    assert steps == [2, 3, 4]
 
 
 def test_killed_and_resumed_it_ends_with_the_same_numbers(finished, tmp_path):

@@ -18,6 +18,7 @@ from vitpyramid.tasks.metrics import Metrics, compute, merge
 from vitpyramid.tasks.task import ConfigError, Task
 from vitpyramid.train import checkpoint
 from vitpyramid.train.preemption import stop_requests
+from vitpyramid.train.profile import profiled
 from vitpyramid.train.program import (
     Program,
     abstract_variables,
@@ -89,6 +90,7 @@ def train(task: Task, workdir: Path, allow_config_change: bool = False) -> Summa
         save_every = program.horizon.steps(config.checkpoint.every_epochs)
         writer = MetricWriter(workdir, start)
         report = Report(task, start, total, writer, checkpoints)
+        before_step = stack.enter_context(profiled(config.profile, workdir / "tensorboard"))
         metrics, stop = {}, False
 
         def save() -> None:
@@ -109,7 +111,11 @@ def train(task: Task, workdir: Path, allow_config_change: bool = False) -> Summa
             stop = stop_requested()
             if step == total or stop:
                 break
-            state, measured = train_step(state, next(train_batches), constants)
+            before_step(step - start, state)
+            with report.waiting():
+                batch = next(train_batches)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                state, measured = train_step(state, batch, constants)
             report.add(step + 1, measured)
         if stop and step > (checkpoints.latest_step() or 0):
             save()

@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from concurrent import futures
 from pathlib import Path
 
 import jax
@@ -56,7 +57,9 @@ class Report:
     def __init__(self, task: Task, start: int, total: int, writer: MetricWriter, checkpoints: ocp.CheckpointManager):
         self._task, self._total = task, total
         self._writer, self._checkpoints = writer, checkpoints
-        self._window = []
+        self._window, self._waits = [], []
+        # Says when a step has ended, which the loop does not wait for.
+        self._watch, self._ended = futures.ThreadPoolExecutor(1), None
         self._reported = start
         self._last_finite = {}
         self._examples, self._seconds = 0, 0.0
@@ -70,16 +73,25 @@ class Report:
     def add(self, step: int, metrics) -> None:
         """Takes the metrics of the step that led to `step`."""
         self._window.append(metrics)
+        self._ended = self._watch.submit(lambda: jax.block_until_ready(metrics) and time.perf_counter())
         if step % self._task.config.log.every_steps == 0:
             self.flush(step)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Times what is done inside, as far as the devices have no step to work on meanwhile."""
+        began = time.perf_counter()
+        yield
+        self._waits.append((began, self._ended, time.perf_counter()))
 
     def flush(self, step: int) -> None:
         """Waits for the steps so far and reports them. Raises `NonFiniteError` if one of them was not finite."""
         if not self._window:
             return
         collected = jax.device_get(self._window)
-        self._window = []
         seconds = time.perf_counter() - self._clock
+        idle = sum(max(0, end - max(began, ended.result() if ended else 0)) for began, ended, end in self._waits)
+        self._window, self._waits, self._ended = [], [], None
         self._check_finite(collected)
         examples = len(collected) * self._task.config.batch_size
         means = compute(functools.reduce(merge, collected))
@@ -87,13 +99,14 @@ class Report:
         self._reported = step
         self._examples += examples
         self._seconds += seconds
-        speed = {f"{self._task.unit}_per_second": examples / seconds, "step_seconds": seconds / len(collected)}
+        each, waited = seconds / len(collected), idle / len(collected)
+        speed = {f"{self._task.unit}_per_second": examples / seconds, "step_seconds": each, "wait_seconds": waited}
         self._writer.write(step, {f"train/{name}": value for name, value in (means | speed).items()})
         remaining = (self._total - step) * self._task.config.batch_size / self.examples_per_second
         log.info(
             f"step {step:{len(str(self._total))}d}/{self._total}  {self._task.words(means)}  lr {means['lr']:.2e}  "
             f"grad norm {means['grad_norm']:.3g}  {examples / seconds:.0f} {self._task.unit}/s  "
-            f"{seconds / len(collected):.3f} s/step  ETA {format_seconds(remaining)}"
+            f"{each:.3f} s/step ({waited:.3f} waiting for data)  ETA {format_seconds(remaining)}"
         )
         self._clock = time.perf_counter()
 
