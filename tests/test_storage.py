@@ -195,8 +195,11 @@ def test_lines_are_there_before_their_checkpoint(bucket, whole):
 
     bucket.status = refuse
     first = len(bucket.calls)
-    loop.train(boxes(epochs=0.5), workdir)
+    task = boxes(epochs=0.5)
+    task.config.profile.steps = 1
+    loop.train(task, workdir)
     assert refused
+    assert any(name.endswith(".xplane.pb") for name in bucket.names("lines/tensorboard/plugins/profile/"))
     written = [name for method, name in bucket.calls[first:] if method == "POST"]
     complete = written.index("lines/checkpoints/5/commit_success.txt")
     assert "lines/metrics.jsonl" in written[1:complete]
