@@ -26,6 +26,7 @@ from vitpyramid.tasks import ConfigError
 from vitpyramid.tools import convert
 from vitpyramid.train import lease, loop
 from vitpyramid.train.workdir import held, open_workdir
+from vitpyramid.train.writer import GrowingObject
 from vitpyramid.weights import intact, store
 
 RUN = {"epochs": 1.0}  # 20 steps, saved at 5, 10, 15 and 20
@@ -182,28 +183,32 @@ def test_of_two_runs_that_start_at_once_one_holds_it(bucket):
     second.release()
 
 
-def test_lines_are_there_before_their_checkpoint(bucket, whole):
-    """And a bucket that cannot be written to for a while costs nothing."""
-    workdir = as_path("gs://bucket/lines")
-    refused = []
-
-    def refuse(method, name):
-        if method == "POST" and name == "lines/metrics.jsonl" and len(refused) < 1 and name in bucket.objects:
-            refused.append(name)
-            return 403
-        return None
-
-    bucket.status = refuse
-    first = len(bucket.calls)
+def test_lines_are_there_before_their_checkpoint(bucket):
+    """And a profile, which JAX writes to disks alone."""
     task = boxes(epochs=0.5)
     task.config.profile.steps = 1
-    loop.train(task, workdir)
-    assert refused
-    assert any(name.endswith(".xplane.pb") for name in bucket.names("lines/tensorboard/plugins/profile/"))
+    first = len(bucket.calls)
+    loop.train(task, as_path("gs://bucket/lines"))
     written = [name for method, name in bucket.calls[first:] if method == "POST"]
     complete = written.index("lines/checkpoints/5/commit_success.txt")
-    assert "lines/metrics.jsonl" in written[1:complete]
+    assert written.index("lines/metrics.jsonl", written.index("lines/metrics.jsonl") + 1) < complete
     assert [record["step"] for record in lines(bucket, "lines") if "train/loss" in record] == list(range(1, 11))
+    assert any(name.endswith(".xplane.pb") for name in bucket.names("lines/tensorboard/plugins/profile/"))
+
+
+def test_a_bucket_that_refuses_for_a_while_costs_nothing(bucket):
+    refused = threading.Event()
+    bucket.status = lambda method, name: refused.set() or 403
+    growing = GrowingObject("gs://bucket/grows", b"0")
+    growing.write(b"1")
+    growing.flush()
+    assert refused.wait(60)
+    with pytest.raises(OSError, match="gs://bucket/grows: Forbidden"):
+        growing.sync()
+    bucket.status = lambda method, name: None
+    growing.write(b"2")
+    growing.close()
+    assert bucket.objects["grows"].content == b"012"
 
 
 def test_weights(bucket, tmp_path, monkeypatch):
