@@ -38,7 +38,6 @@ def bucket():
         for name, value in served.environment.items():
             patch.setenv(name, value)
         patch.setattr(lease, "BEAT", 0.2)
-        patch.setattr(lease, "PATIENCE", 1.0)
         yield served
 
 
@@ -81,9 +80,9 @@ def test_a_run_leaves_in_a_bucket_what_it_leaves_on_a_disk(bucket, whole, tmp_pa
     assert numbers(lines(bucket, "whole")) == numbers(on_disk)
     assert bucket.objects["whole/config.json"].content == (tmp_path / "config.json").read_bytes()
     for name in bucket.names("whole/tensorboard/"):
-        (tmp_path / "events").mkdir(exist_ok=True)
-        (tmp_path / "events" / Path(name).name).write_bytes(bucket.objects[name].content)
-    assert tensorboard_tags(tmp_path / "events") == tensorboard_tags(tmp_path / "tensorboard") > {"train/loss"}
+        (tmp_path / "copy" / "tensorboard").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "copy" / "tensorboard" / Path(name).name).write_bytes(bucket.objects[name].content)
+    assert tensorboard_tags(tmp_path / "copy") == tensorboard_tags(tmp_path) > {"train/loss"}
     assert "whole/.owner.json" not in bucket.objects
     assert not Path("gs:").exists()
     # A step is marked as complete after all else of it is there, its checksums included.
@@ -102,7 +101,7 @@ loop.train(boxes(epochs=1.0), open_workdir("gs://bucket/killed"))
 """
 
 
-def test_a_run_that_is_killed_in_a_save_ends_with_the_same_bits(bucket, whole):
+def test_a_run_that_is_killed_in_a_save_ends_with_the_same_bits(bucket, whole, monkeypatch):
     process = []
 
     def kill(method, name):
@@ -115,10 +114,12 @@ def test_a_run_that_is_killed_in_a_save_ends_with_the_same_bits(bucket, whole):
     process.append(python(KILLED))
     output = process[0].communicate()[1]
     assert process[0].returncode == -signal.SIGKILL, output
+    bucket.status = lambda method, name: None
     workdir = as_path("gs://bucket/killed")
     assert "killed/checkpoints/10/checksums.json" in bucket.objects and "killed/.owner.json" in bucket.objects
     assert intact.steps(workdir / "checkpoints") == [5]
     assert [record["step"] for record in lines(bucket, "killed")][:5] == [1, 2, 3, 4, 5]
+    monkeypatch.setattr(lease, "PATIENCE", 1.0)
     loop.train(boxes(**RUN), workdir)
     assert soak.differing(soak.arrays(workdir, 20), soak.arrays(whole, 20)) == []
     assert numbers(lines(bucket, "killed")) == numbers(lines(bucket, "whole"))
@@ -142,7 +143,7 @@ def test_a_damaged_checkpoint_is_set_aside(bucket, whole):
     assert moved == before and not bucket.names("damaged/checkpoints/20/")
 
 
-def test_a_work_directory_is_held_by_one_run(bucket):
+def test_a_work_directory_is_held_by_one_run(bucket, monkeypatch):
     workdir = as_path("gs://bucket/held")
     with held(workdir) as check:
         check()
@@ -157,6 +158,7 @@ def test_a_work_directory_is_held_by_one_run(bucket):
         with pytest.raises(OSError, match="another run has taken this folder over"):
             check()
     assert b"another" in bucket.objects["held/.owner.json"].content
+    monkeypatch.setattr(lease, "PATIENCE", 1.0)
     with held(workdir):  # that one does not write to it any more
         owner = bucket.objects["held/.owner.json"]
         assert b"another" not in owner.content
@@ -186,7 +188,7 @@ def test_of_two_runs_that_start_at_once_one_holds_it(bucket):
 def test_lines_are_there_before_their_checkpoint(bucket):
     """And a profile, which JAX writes to disks alone."""
     task = boxes(epochs=0.5)
-    task.config.profile.steps = 1
+    task.config.profile.start = task.config.profile.steps = 1
     first = len(bucket.calls)
     loop.train(task, as_path("gs://bucket/lines"))
     written = [name for method, name in bucket.calls[first:] if method == "POST"]
@@ -296,7 +298,7 @@ def test_what_is_missing_is_said_in_one_line(bucket, monkeypatch):
     bucket.status = lambda method, name: 403
     assert "gcloud auth application-default login" in words(OSError, open_workdir, "gs://bucket/run")
     config = make_config("gs://bucket/images", **{"data.name": "folder"}).data
-    assert "data.data_dir: cannot list gs://bucket/images" in words(ValueError, open_source, config, "train")
+    assert "data.data_dir: gs://bucket/images: Forbidden" in words(ValueError, open_source, config, "train")
     monkeypatch.setattr(files, "find_spec", lambda name: None)
     for act, args in [(open_workdir, ("gs://bucket/run",)), (load_pretrained, ("gs://bucket/run",))]:
         assert "gs://bucket/run: expected gcsfs: pip install 'vitpyramid[gcs]'" in words(ValueError, act, *args)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from vitpyramid.data.splits import split_names, split_ranges, unknown_split
-from vitpyramid.files import as_path, bucket_files, in_bucket, in_one_line, reach, read_bytes
+from vitpyramid.files import as_path, bucket_files, in_bucket, in_one_line, read_bytes
 from vitpyramid.progress import with_progress
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,6 @@ def open_folder(data_config, split: str) -> tuple[FolderRecords, int]:
     """
     root = os.fsencode(os.path.expanduser(data_config.data_dir))
     try:
-        reach(as_path(os.fsdecode(root)))
         available = [os.fsdecode(name) for name in _folders_in(root)]
         names = _named_folders(split, available)
         if missing := [name for name in names if name not in available]:

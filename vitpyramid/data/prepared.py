@@ -15,7 +15,7 @@ from vitpyramid.data.digits import Digits
 from vitpyramid.data.shards import Shards, check_counts
 from vitpyramid.data.splits import unknown_split
 from vitpyramid.data.tfrecord import TFRecords
-from vitpyramid.files import as_path, in_bucket, reach
+from vitpyramid.files import in_bucket
 from vitpyramid.progress import with_progress
 
 log = logging.getLogger(__name__)
@@ -93,10 +93,6 @@ def open_prepared(name: str, data_dir: str, split: str) -> tuple[PreparedRecords
         such split, or no image and class label in its features.
     """
     data_dir = os.path.expanduser(data_dir)  # TFDS leaves a ~ as it is
-    try:
-        reach(as_path(data_dir))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"data.data_dir: {error}") from error
     if name == "digits" and in_bucket(data_dir):
         raise ValueError(f"data.data_dir: {data_dir}: expected a folder of this machine for 'digits', 2 MB")
     builder = _prepared_digits(data_dir) if name == "digits" else _prepared_builder(name, data_dir)

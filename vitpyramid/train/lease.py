@@ -107,8 +107,8 @@ class Lease:
                 self._generation = blob.generation
             except PreconditionFailed:
                 # It may have been this run's own writing, whose answer was lost.
-                self._generation = self._look(blob)
-                self._lost = self._token(blob) != self._owner["token"]
+                self._lost = self._token() != self._owner["token"]
+                self._generation = self._look(self._blob())
 
     def _blob(self):
         bucket, _, name = os.fspath(self._path).removeprefix(BUCKET).partition("/")
@@ -124,8 +124,11 @@ class Lease:
             return 0
         return blob.generation
 
-    def _token(self, blob) -> str:
+    def _token(self) -> str:
+        """Of whoever holds it now; empty if that cannot be read."""
+        from google.api_core.exceptions import NotFound
+
         try:
-            return json.loads(blob.download_as_bytes())["token"]
-        except (ValueError, KeyError):
+            return json.loads(self._blob().download_as_bytes())["token"]
+        except (NotFound, ValueError, KeyError):
             return ""
