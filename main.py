@@ -1,10 +1,11 @@
-"""Trains or evaluates what a config describes.
+"""Trains or evaluates what a config describes, or says what that would take.
 
     python main.py --config=configs/quickstart.py --workdir=runs/quickstart
+    python main.py --config=configs/pvt.py:large --mode=preflight --topology=v5e:16x16
 
-Exit codes: 0 done; 1 the config or the command line cannot be run; 70 the loss stopped being finite; 74 a file
-cannot be read or written; 75 stopped by SIGTERM or Ctrl-C after saving: the same command goes on from there; 76
-another process of the run has ended.
+Exit codes: 0 done; 1 the config or the command line cannot be run, or a preflight's step does not fit; 70 the loss
+stopped being finite; 74 a file cannot be read or written; 75 stopped by SIGTERM or Ctrl-C after saving: the same
+command goes on from there; 76 another process of the run has ended.
 """
 
 import logging
@@ -12,6 +13,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from typing import TextIO
 
 import jax
 from absl import app, flags
@@ -21,6 +23,7 @@ from ml_collections import config_flags
 import vitpyramid
 from configs import base
 from vitpyramid.tasks import ConfigError, make_task
+from vitpyramid.tools import chips, preflight
 from vitpyramid.tools.config_args import read_flags
 from vitpyramid.train import loop
 from vitpyramid.train.config import validate
@@ -30,7 +33,18 @@ from vitpyramid.train.workdir import open_workdir
 FLAGS = flags.FLAGS
 CONFIG = config_flags.DEFINE_config_file("config", None, "Default: quickstart.py. --config.KEY=VALUE changes a key.")
 flags.DEFINE_string("workdir", "", "Folder or gs://... of the run, resumed if there is one. Default: runs/CONFIG.")
-flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or evaluate the newest checkpoint in --workdir.")
+flags.DEFINE_enum(
+    "mode",
+    "train",
+    ["train", "eval", "preflight"],
+    "Train, evaluate the newest checkpoint in --workdir, or compile and say what memory and time a run would take.",
+)
+flags.DEFINE_string(
+    "topology", "", "With preflight: a TPU that need not be there, as v5e:16x16. Default: this machine."
+)
+flags.DEFINE_integer("num_slices", 1, "With preflight: slices of that topology.", lower_bound=1)
+flags.DEFINE_integer("search_compiles", 2, "With preflight: compilations to find the largest batch.", lower_bound=0)
+flags.DEFINE_bool("json", False, "With preflight: JSON on stdout, progress on stderr.")
 flags.DEFINE_bool("allow_config_change", False, "Resume although the config differs from the checkpoint's.")
 flags.DEFINE_bool("distributed", False, "One of several processes; JAX finds out on Cloud TPU, Slurm and MPI.")
 flags.DEFINE_string("coordinator_address", None, "host:port of process 0, where JAX cannot find out by itself.")
@@ -45,11 +59,15 @@ log = logging.getLogger("vitpyramid")
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; flags start with --")
+    if FLAGS.mode == "preflight":
+        return _preflight()
+    if FLAGS.topology:
+        sys.exit(f"--topology={FLAGS.topology} goes with --mode=preflight, not with --mode={FLAGS.mode}")
     try:
         _join_processes()
     except (RuntimeError, ValueError) as error:
         sys.exit(f"--distributed: cannot find the other processes: {str(error).splitlines()[0]}")
-    _log_to_stdout()
+    _log_to(sys.stdout)
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     log.info("vitpyramid %s, jax %s, %s", vitpyramid.__version__, jax.__version__, devices)
 
@@ -86,6 +104,19 @@ def main(argv: list[str]) -> int:
     return 0 if summary.finished else EXIT_STOPPED
 
 
+def _preflight() -> int:
+    """The report goes to stdout, progress to stderr; a work directory is neither read nor made."""
+    try:
+        if FLAGS.topology:
+            chips.parse_topology(FLAGS.topology)
+            chips.use_absent_chips()
+        _log_to(sys.stderr)
+        options = FLAGS.topology, FLAGS.num_slices, FLAGS.search_compiles, FLAGS.json
+        return 0 if preflight.run(CONFIG.value, base.get_config(), *options) else EXIT_CONFIG
+    except ConfigError as error:
+        sys.exit(str(error))
+
+
 def _join_processes() -> None:
     """Connects the processes of a run, if it has several."""
     if FLAGS.coordinator_address is None and (FLAGS.num_processes, FLAGS.process_id) != (None, None):
@@ -103,11 +134,12 @@ def _join_processes() -> None:
         )
 
 
-def _log_to_stdout() -> None:
+def _log_to(stream: TextIO) -> None:
     """The package's messages as plain lines, from the first process only; warnings of everything from all."""
+    first = jax.process_index() == 0  # JAX looks for devices here, and tells of kinds that it does not find
     absl_logging.set_verbosity(absl_logging.WARNING)
-    logging.basicConfig(format="%(message)s", stream=sys.stdout, force=True)
-    log.setLevel(logging.INFO if jax.process_index() == 0 else logging.WARNING)
+    logging.basicConfig(format="%(message)s", stream=stream, force=True)
+    log.setLevel(logging.INFO if first else logging.WARNING)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -10,31 +10,17 @@ transformer blocks in each stage: one tells most of the story in a fraction of t
 """
 
 import argparse
-import collections
 import dataclasses
-import os
-import re
-
-os.environ |= {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-    "TPU_STDERR_LOG_LEVEL": "3",
-    "TPU_MIN_LOG_LEVEL": "3",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # another process may have it open
-}
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from vitpyramid.models import layers, pit, rest, t2t_module
 from vitpyramid.models.attention import SelfAttention
 from vitpyramid.tasks import make_task
-from vitpyramid.tools import config_args
+from vitpyramid.tools import chips, config_args, hlo
 from vitpyramid.train import program
 from vitpyramid.train.sharding import make_mesh
 
@@ -66,6 +52,9 @@ LAYERS = {
     "patch 16": (layers.PatchConv(384, 16, BF16), (224, 224, 3)),
     "pvt sr 8": (layers.PatchConv(64, 8, BF16), (56, 56, 64)),
     "attention 197": (SelfAttention(6, qkv_bias=True, dtype=BF16), (197, 384)),
+    "norm 197": (layers.LayerNorm(1e-6, BF16), (197, 384)),
+    "mlp 197": (layers.Mlp(4, dtype=BF16), (197, 384)),
+    "mlp 3136": (layers.Mlp(8, dtype=BF16), (3136, 64)),
 }
 
 
@@ -106,42 +95,6 @@ def with_blocks(model: nn.Module, blocks: int) -> nn.Module:
     return model.clone(**{field: blocks if field == "depth" else (blocks,) * len(depths)})
 
 
-def cycles(text: str) -> collections.Counter:
-    """Estimated cycles by operation name, of a compiled program's text; bodies of loops count for each turn.
-
-    Key None counts operations without an estimate that are loops of unknown length or custom calls or collectives.
-    """
-    computations, name = {}, None
-    for line in text.splitlines():
-        if found := re.match(r"(ENTRY )?%(\S+) \(.*\{$", line):
-            name = "ENTRY" if found[1] else found[2]
-            computations[name] = []
-        elif name:
-            computations[name].append(line)
-
-    def count(name: str) -> collections.Counter:
-        total = collections.Counter()
-        for line in computations[name]:
-            op_name = re.search(r'op_name="([^"]*)"', line)
-            if found := re.search(r'"estimated_cycles":"(\d+)"', line):
-                total[op_name[1] if op_name else _kind(line)] += int(found[1])
-            if found := re.search(r" while\(.*condition=%([\w.\-]+), body=%([\w.\-]+)", line):
-                trips = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(computations[found[1]]))
-                turns = int(trips[0]) if len(trips) == 1 else 1
-                total[None] += len(trips) != 1
-                total.update({key: value * turns for key, value in count(found[2]).items()})
-            elif re.search(r" (all-reduce|all-gather|reduce-scatter|custom-call)\(", line):
-                total[None] += "estimated_cycles" not in line
-        return total
-
-    return count("ENTRY")
-
-
-def _kind(line: str) -> str:
-    found = re.search(r"= .*? ([a-z][\w\-]*)\(", line)
-    return found[1] if found else "?"
-
-
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(
@@ -153,7 +106,11 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, help="transformer blocks in each stage; default: all")
     parser.add_argument("--by_operation", type=int, default=0, metavar="N", help="print the N costliest operations")
     args, rest = parser.parse_known_args()
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices
+    try:
+        chips.use_absent_chips()
+        devices = chips.absent_devices(args.topology)
+    except ValueError as error:
+        parser.error(str(error))
     print(f"jax {jax.__version__}, {devices[0].device_kind}, {args.images} images a chip; the compiler's estimates")
     if not rest:
         for name in args.layers or LAYERS:
@@ -168,7 +125,7 @@ def main() -> None:
 
 def report(name: str, compiled: jax.stages.Compiled, operations: int) -> None:
     """Prints a line for a program, and its costliest operations."""
-    found = cycles(compiled.as_text())
+    found = hlo.cycles(compiled.as_text())
     unknown = found.pop(None, 0)
     temporary = compiled.memory_analysis().temp_size_in_bytes / 2**20
     note = f", {unknown} operations without an estimate" if unknown else ""

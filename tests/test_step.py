@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from configs import quickstart
+from harness import quick_jit
 from vitpyramid.models.backbone import IMAGENET_MEAN, IMAGENET_STD
 from vitpyramid.tasks import make_task
 from vitpyramid.tasks.classify import smooth_one_hot, top_k_correct
@@ -23,8 +24,8 @@ from vitpyramid.train.state import create_state, initial_state, initial_variable
 from vitpyramid.train.step import make_eval_step, make_train_step
 
 
-def small_config(**changes):
-    config = quickstart.get_config()
+def small_config(family="pvt", **changes):
+    config = quickstart.get_config(family)
     config.batch_size = 16
     config.update_from_flattened_dict(changes)
     return config
@@ -44,11 +45,16 @@ def batches(config, count):
 
 
 @functools.cache
-def step_zero():
-    """State of step 0 with dropout, drop path and an average, on the host, and the program it is of."""
-    config = small_config(**{"model.drop_rate": 0.1, "model.drop_path_rate": 0.2, "ema.decay": 0.9})
+def step_zero(family="pvt"):
+    """State of step 0 with dropout, drop path and an average, on the host, and the program it is of.
+
+    The network has one block a stage: more take longer to compile, and are like it.
+    """
+    config = small_config(family, **{"model.drop_rate": 0.1, "model.drop_path_rate": 0.2, "ema.decay": 0.9})
     mesh = make_mesh(1, jax.devices()[:1])
     task = make_task(config)
+    depths = {"depth": 1} if family == "t2t_vit" else {"depths": (1,) * len(task.model.depths)}
+    task = dataclasses.replace(task, model=task.model.clone(**depths))
     # A rate of 1 subtracts the gradient, so that states show it; Adam would divide rounding noise by itself.
     tx = optax.sgd(1.0)
 
@@ -59,30 +65,32 @@ def step_zero():
     optimizer = Optimizer(tx, jax.tree.map(lambda _: True, shapes.params))
     with jax.set_mesh(mesh):
         state = create_state(init, abstract_state(mesh, shapes))
-    return config, jax.device_get(state), make_train_step(task, optimizer, lambda step: 1.0)
+    return task, jax.device_get(state), make_train_step(task, optimizer, lambda step: 1.0)
 
 
 @functools.cache
-def two_steps(devices, fsdp):
+def two_steps(devices, fsdp, family="pvt"):
     """Losses and gradient norms of two steps from step 0 on a mesh, and the state after each."""
-    config, start, train_step = step_zero()
+    task, start, train_step = step_zero(family)
     mesh = make_mesh(fsdp, jax.devices()[:devices])
-    step = jax.jit(train_step)
+    step = quick_jit(train_step)
     with jax.set_mesh(mesh):
         state = jax.device_put(start, state_sharding(mesh, start))
         metrics, states = [], []
-        for batch in batches(config, 2):
+        for batch in batches(task.config, 2):
             state, measured = step(state, jax.device_put(batch, batch_sharding(mesh)), {})
             metrics.append(compute(measured))
             states.append(jax.device_get(state))
     return metrics, states, step
 
 
-@pytest.mark.parametrize(("devices", "fsdp"), [(8, 2), (8, 8)])
-def test_any_mesh_takes_the_same_step(devices, fsdp):
-    _, start, _ = step_zero()
-    expected, expected_states, _ = two_steps(1, 1)
-    seen, states, _ = two_steps(devices, fsdp)
+@pytest.mark.parametrize(("devices", "fsdp"), [(2, 1), (8, 1), (8, 2), (8, 8)])
+@pytest.mark.parametrize("family", quickstart.FAMILIES)
+def test_any_mesh_takes_the_same_step(family, devices, fsdp):
+    """With dropout and, in ResT, batch norm over the whole batch."""
+    _, start, _ = step_zero(family)
+    expected, expected_states, _ = two_steps(1, 1, family)
+    seen, states, _ = two_steps(devices, fsdp, family)
     assert seen[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-6)
     assert seen[0]["grad_norm"] == pytest.approx(expected[0]["grad_norm"], rel=1e-5)
     gradient, expected_gradient = (
@@ -90,6 +98,7 @@ def test_any_mesh_takes_the_same_step(devices, fsdp):
     )
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected_gradient))
     chex.assert_trees_all_close(gradient, expected_gradient, rtol=0, atol=2e-6 * largest)
+    chex.assert_trees_all_close(states[0].model_state, expected_states[0].model_state, rtol=2e-6, atol=1e-6)
 
 
 def test_parameters_and_moments_are_split_over_fsdp():
@@ -114,10 +123,10 @@ def test_arrays_that_do_not_divide_stay_whole():
 
 
 def test_dropout_is_a_function_of_the_step():
-    config, start, _ = step_zero()
+    task, start, _ = step_zero()
     metrics, states, step = two_steps(1, 1)
     mesh = make_mesh(1, jax.devices()[:1])
-    batch = next(batches(config, 1))
+    batch = next(batches(task.config, 1))
     with jax.set_mesh(mesh):
         again, measured = step(jax.device_put(start, state_sharding(mesh, start)), batch, {})
         later, measured_later = step(
@@ -168,9 +177,9 @@ def test_top_k():
 
 
 def test_evaluation_ignores_what_is_masked():
-    config, start, _ = step_zero()
-    task, variables = make_task(config), start.variables
-    batch = {**next(batches(config, 1)), "mask": np.arange(16) < 5}
+    task, start, _ = step_zero()
+    variables = start.variables
+    batch = {**next(batches(task.config, 1)), "mask": np.arange(16) < 5}
     metrics = compute(jax.device_get(jax.jit(make_eval_step(task))(variables, batch)))
     logits = jax.jit(task.model.apply)(variables, normalise(batch["image"], IMAGENET_MEAN, IMAGENET_STD, jnp.float32))
     log_probabilities = jax.nn.log_softmax(logits)[np.arange(16), batch["label"]]

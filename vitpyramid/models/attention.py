@@ -6,7 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vitpyramid.models.layers import DropPath, PackedLinear, at_least_float32, layer_norm, linear
+from vitpyramid.models import token_forms
+from vitpyramid.models.layers import DropPath, PackedLinear, layer_norm, linear
 
 
 def attend(module: nn.Module, query, key, value, scale: float | None = None) -> jax.Array:
@@ -24,10 +25,9 @@ def attend(module: nn.Module, query, key, value, scale: float | None = None) -> 
       `[B, N, heads * d]` in the dtype of `value`.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    logits = jnp.einsum("bnhd,bmhd->bhnm", query, key, preferred_element_type=at_least_float32(query.dtype))
-    weights = jax.nn.softmax(logits * scale)
-    module.sow("intermediates", "attention", weights)
-    out = jnp.einsum("bhnm,bmhd->bnhd", weights.astype(value.dtype), value)
+    if module.is_mutable_collection("intermediates"):
+        module.sow("intermediates", "attention", token_forms.attention_weights(query, key, scale))
+    out = token_forms.attention(query, key, value, scale)
     return out.reshape(*out.shape[:2], -1)
 
 

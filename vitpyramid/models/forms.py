@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_convolve = functools.partial(jax.lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+convolve = functools.partial(jax.lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def at_least_float32(dtype):
@@ -18,7 +18,7 @@ def at_least_float32(dtype):
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def _by_device(tpu, default, *arrays, **options):
+def by_device(tpu, default, *arrays, **options):
     if tpu is default:
         return default(*arrays, **options)
     tpu, default = (functools.partial(form, **options) for form in (tpu, default))
@@ -40,7 +40,7 @@ def widening_convolution(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype
     Returns:
       `[B, ceil(h / 2), ceil(w / 2), features]` in `dtype`.
     """
-    return _by_device(widening_convolution_tpu, widening_products, x, kernel, bias, dtype=dtype)
+    return by_device(widening_convolution_tpu, widening_products, x, kernel, bias, dtype=dtype)
 
 
 def widening_products(x, kernel, bias, dtype):
@@ -62,7 +62,7 @@ def widening_convolution_tpu(x, kernel, bias, dtype):
     dim, features = x.shape[-1], kernel.shape[-1]
     group = jnp.arange(features) // (features // dim)
     kernel = jnp.where(group == jnp.arange(dim)[:, None], kernel, 0)  # [3, 3, C, features]
-    return _convolve(x, kernel, (2, 2), [(1, 1)] * 2) + bias
+    return convolve(x, kernel, (2, 2), [(1, 1)] * 2) + bias
 
 
 def reducing_convolution(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype) -> jax.Array:
@@ -79,7 +79,7 @@ def reducing_convolution(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype
     Returns:
       `[B, ceil(h / sr), ceil(w / sr), C]` in `dtype`.
     """
-    return _by_device(reducing_convolution_tpu, reducing_products, x, kernel, bias, dtype=dtype)
+    return by_device(reducing_convolution_tpu, reducing_products, x, kernel, bias, dtype=dtype)
 
 
 def reducing_products(x, kernel, bias, dtype):
@@ -98,7 +98,7 @@ def reducing_products(x, kernel, bias, dtype):
 def reducing_convolution_tpu(x, kernel, bias, dtype):
     x, kernel, bias = (array.astype(dtype) for array in (x, kernel, bias))
     sr = kernel.shape[0] - 1
-    return _convolve(x, kernel, (sr, sr), [(sr // 2, sr // 2)] * 2, feature_group_count=x.shape[-1]) + bias
+    return convolve(x, kernel, (sr, sr), [(sr // 2, sr // 2)] * 2, feature_group_count=x.shape[-1]) + bias
 
 
 def patch_product(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype) -> jax.Array:
@@ -117,7 +117,7 @@ def patch_product(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype) -> ja
       `[B, H // p, W // p, C_out]` in `dtype`.
     """
     tpu = patch_convolution_tpu if kernel.shape[0] <= 4 else patch_matrix_product
-    return _by_device(tpu, patch_matrix_product, x, kernel, bias, dtype=dtype)
+    return by_device(tpu, patch_matrix_product, x, kernel, bias, dtype=dtype)
 
 
 def patch_matrix_product(x, kernel, bias, dtype):
@@ -131,7 +131,7 @@ def patch_matrix_product(x, kernel, bias, dtype):
 
 def patch_convolution_tpu(x, kernel, bias, dtype):
     x, kernel, bias = (array.astype(dtype) for array in (x, kernel, bias))
-    return _convolve(x, kernel, kernel.shape[:2], "VALID") + bias
+    return convolve(x, kernel, kernel.shape[:2], "VALID") + bias
 
 
 def packed_linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, heads: int, parts: int, dtype):
@@ -147,7 +147,7 @@ def packed_linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, heads
     Returns:
       `parts` arrays `[B, N, heads, d]` in `dtype`.
     """
-    return _by_device(separate_products_tpu, packed_product, x, kernel, bias, heads=heads, parts=parts, dtype=dtype)
+    return by_device(separate_products_tpu, packed_product, x, kernel, bias, heads=heads, parts=parts, dtype=dtype)
 
 
 def packed_product(x, kernel, bias, heads, parts, dtype):
@@ -203,7 +203,7 @@ def split_norm_linear(x: jax.Array, scale, shift, kernel, bias, split: tuple[int
       `[B, h * w, features]` in `dtype`.
     """
     tpu = split_norm_convolution_tpu if dtype == jnp.bfloat16 else split_norm_product
-    return _by_device(tpu, split_norm_product, x, scale, shift, kernel, bias, split=split, dtype=dtype)
+    return by_device(tpu, split_norm_product, x, scale, shift, kernel, bias, split=split, dtype=dtype)
 
 
 def split_norm_product(x, scale, shift, kernel, bias, split, dtype):
@@ -225,7 +225,7 @@ def split_norm_convolution_tpu(x, scale, shift, kernel, bias, split, dtype):
     scaled = (scale[:, None] * kernel).astype(dtype)
     windows = scaled.reshape(-1, window, window, features).transpose(1, 2, 0, 3)  # [ky, kx, c, features]
     strides, pads = (stride, stride), [(padding, padding)] * 2
-    product = _convolve(x, windows, strides, pads, preferred_element_type=wide)
+    product = convolve(x, windows, strides, pads, preferred_element_type=wide)
 
     def window_mean(values):
         zero, shape = np.zeros((), wide), (1, window, window, 1)

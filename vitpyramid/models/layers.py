@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitpyramid.models import forms
+from vitpyramid.models import forms, token_forms
 from vitpyramid.models.forms import at_least_float32
 
 # timm's trunc_normal_(std=.02) cuts at -2 and 2, a hundred standard deviations: a plain normal.
@@ -56,9 +56,23 @@ class PackedLinear(nn.Module):
         return forms.packed_linear(x, kernel, bias, self.heads, self.parts, self.dtype)
 
 
-def layer_norm(epsilon: float, dtype, name: str) -> nn.LayerNorm:
-    """LayerNorm over channels. Statistics in at least float32 and in two passes (the fast form loses digits)."""
-    return nn.LayerNorm(epsilon, dtype, use_fast_variance=False, name=name)
+class LayerNorm(nn.Module):
+    """LayerNorm over channels, statistics in at least float32."""
+
+    epsilon: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., C]` -> `[..., C]`."""
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        return token_forms.layer_norm(x, scale, bias, self.epsilon, self.dtype)
+
+
+def layer_norm(epsilon: float, dtype, name: str) -> LayerNorm:
+    """LayerNorm as the blocks have it."""
+    return LayerNorm(epsilon, dtype, name=name)
 
 
 class PatchConv(nn.Module):
@@ -100,7 +114,7 @@ class Mlp(nn.Module):
         dim = x.shape[-1]
         hidden = int(dim * self.ratio)
         x = linear(hidden, self.dtype, "fc1", torch_init_from=dim if self.torch_init else None)(x)
-        x = nn.gelu(x, approximate=False)
+        x = token_forms.gelu(x)
         x = nn.Dropout(self.drop_rate, deterministic=False)(x)
         x = linear(dim, self.dtype, "fc2", torch_init_from=hidden if self.torch_init else None)(x)
         return nn.Dropout(self.drop_rate, deterministic=False)(x)

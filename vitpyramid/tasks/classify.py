@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import flax.linen as nn
 import jax
@@ -76,8 +76,11 @@ def check(config: ConfigDict, evaluation: bool) -> list[str]:
     return problems
 
 
-def make_task(config: ConfigDict) -> Task:
+def make_task(config: ConfigDict, teacher: Callable[[], tuple[nn.Module | None, dict]] | None = None) -> Task:
     """The task of a config that `train.config.validate` has accepted.
+
+    Args:
+      teacher: gives the network to learn from and its variables; None: the config says which.
 
     Raises:
       ConfigError: `model.num_classes` is 0 and the data cannot be opened. The task's functions that open files raise it
@@ -86,7 +89,7 @@ def make_task(config: ConfigDict) -> Task:
     config = _with_classes(config)
     model = _model(config)
     open_split = functools.cache(functools.partial(_open_split, config))
-    teacher = functools.cache(functools.partial(_load_teacher, config))
+    teacher = teacher or functools.cache(functools.partial(_load_teacher, config))
     mean, std = channel_statistics(config)
     hosts = (jax.process_index(), jax.process_count())
 
@@ -133,6 +136,7 @@ def make_task(config: ConfigDict) -> Task:
         best="top1",
         constants=lambda: teacher()[1],
         initial=lambda: _load_initial(config, model),
+        without_weights=functools.partial(_without_weights, config),
     )
 
 
@@ -261,6 +265,20 @@ def _load_teacher(config: ConfigDict) -> tuple[nn.Module, dict]:
             f"model.num_classes, it has {teacher.num_classes}"
         )
     return teacher.clone(dtype=jnp.dtype(config.model.dtype)), variables
+
+
+def _without_weights(config: ConfigDict) -> Task:
+    """The task with the shapes of a teacher's weights, as `distill.model` has them; the file need not be there."""
+    if not config.distill.teacher and not config.model.name.endswith("_distilled"):
+        return make_task(config)
+    if not config.distill.model:
+        raise ConfigError("distill.model = '': expected the teacher's network, where its weights are not read")
+    teacher = create_model(
+        config.distill.model, num_classes=config.model.num_classes, dtype=jnp.dtype(config.model.dtype)
+    )
+    images = jax.ShapeDtypeStruct((1, *teacher.height_width, 3), jnp.float32)
+    variables = jax.eval_shape(lambda images: teacher.init(jax.random.key(0), images), images)
+    return make_task(config, lambda: (teacher, variables))
 
 
 def _load_initial(config: ConfigDict, model: nn.Module) -> dict | None:

@@ -45,6 +45,8 @@ class Task:
       best: the name of the evaluation's metric that says how good the network is; larger is better.
       constants: `() -> variables` that steps read and never change, such as a teacher's.
       initial: `() -> variables` to start from, on the host; None: the network's own initialisation.
+      without_weights: `() -> Task`, the same for compiling alone: no file of weights is read, `constants` are shapes.
+        None: this one reads none.
     """
 
     config: ConfigDict
@@ -64,3 +66,4 @@ class Task:
     best: str
     constants: Callable[[], dict] = dict
     initial: Callable[[], dict | None] = lambda: None
+    without_weights: Callable[[], "Task"] | None = None

@@ -16,7 +16,6 @@ element-wise results: read it as an upper bound, to compare stages and sizes wit
 
 import argparse
 import dataclasses
-import math
 import re
 import sys
 
@@ -26,6 +25,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from vitpyramid.models.registry import get_variant, list_models
+from vitpyramid.tools import macs
 
 # Why published multiply-accumulates differ from ours, by family.
 REASONS = {"rest": "the published figure omits part of the attention products"}
@@ -114,7 +114,7 @@ def count_macs(model, variables, height: int, width: int) -> int:
     """Multiply-accumulates of `model` for one image; `variables` may be shapes."""
     with nn.intercept_methods(_show_sums):
         jaxpr = jax.make_jaxpr(model.apply)(variables, _images(1, height, width)).jaxpr
-    return _walk(jaxpr, _input_sources(jaxpr))[0]
+    return macs.walk(jaxpr, _input_sources(jaxpr))[0].total()
 
 
 def _show_sums(call, args, kwargs, context):
@@ -142,8 +142,8 @@ def stored_bytes(model, variables, height: int, width: int) -> list[int]:
 
     images = _images(batch, height, width)
     traced, (levels, _) = jax.make_jaxpr(maps_and_residuals, return_shape=True)(variables["params"], others, images)
-    jaxpr, count = _without_platforms(traced.jaxpr), len(levels)
-    _, sources = _walk(jaxpr, _input_sources(jaxpr))
+    jaxpr, count = macs.without_platforms(traced.jaxpr), len(levels)
+    _, sources = macs.walk(jaxpr, _input_sources(jaxpr))
     made = {var: step for step, equation in enumerate(jaxpr.eqns) for var in equation.outvars}
     ends = [made[var] for var in jaxpr.outvars[:count]]  # the step that ends each stage
     stored = [0] * count
@@ -173,72 +173,6 @@ def _origin(var, equations, made):
 def _input_sources(jaxpr) -> list[frozenset]:
     """Sources of the inputs of a program of weights, then images. A value's sources are empty if it is a constant."""
     return [frozenset({"weights"})] * (len(jaxpr.invars) - 1) + [frozenset({"images"})]
-
-
-def _without_platforms(jaxpr):
-    """The program with what is written for several platforms in its form for those that are not named."""
-    equations, same = [], {}
-
-    def renamed(variables, names) -> list:
-        return [names.get(var, var) if isinstance(var, core.Var) else var for var in variables]
-
-    for equation in jaxpr.eqns:
-        equation = equation.replace(invars=renamed(equation.invars, same))
-        platforms = equation.params.get("branches_platforms")
-        if platforms is None:
-            equations.append(equation)
-            continue
-        form = equation.params["branches"][platforms.index(None)].jaxpr
-        inner = dict(zip(form.invars, equation.invars[1:], strict=True))
-        for step in form.eqns:
-            inputs = renamed(step.invars, inner)
-            inner |= {var: core.Var(var.aval) for var in step.outvars}  # a form may be used several times
-            equations.append(step.replace(invars=inputs, outvars=renamed(step.outvars, inner)))
-        same |= zip(equation.outvars, renamed(form.outvars, inner), strict=True)
-    return jaxpr.replace(eqns=equations, outvars=renamed(jaxpr.outvars, same))
-
-
-def _walk(jaxpr, inputs: list[frozenset]) -> tuple[int, dict]:
-    """Multiply-accumulates of `jaxpr`, and the sources of each of its variables, given those of its inputs."""
-    sources = dict(zip(jaxpr.invars, inputs, strict=True))
-    macs = 0
-    for equation in _without_platforms(jaxpr).eqns:
-        variables = [var if isinstance(var, core.Var) else None for var in equation.invars]
-        operands = [sources.get(var, frozenset()) for var in variables]
-        macs += _equation_macs(equation, operands)
-        sources.update(dict.fromkeys(equation.outvars, frozenset().union(*operands)))
-    return macs, sources
-
-
-def _equation_macs(equation, operands: list[frozenset]) -> int:
-    name, params = equation.primitive.name, equation.params
-    either = frozenset().union(*operands)
-    if name in ("dot_general", "conv_general_dilated"):
-        # A product with a constant moves data, one without images prepares weights.
-        if not all(operands) or "images" not in either:
-            return 0
-        left, right = (var.aval.shape for var in equation.invars)
-        if name == "dot_general":
-            depth = math.prod(left[axis] for axis in params["dimension_numbers"][0][0])
-        else:
-            depth = math.prod(right) // right[params["dimension_numbers"].rhs_spec[0]]
-        return equation.outvars[0].aval.size * depth
-
-    programs = [value for param in params.values() for value in (param if isinstance(param, tuple) else (param,))]
-    programs = [getattr(program, "jaxpr", program) for program in programs if hasattr(program, "eqns")]
-    if name == "scan":
-        first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
-        operands[first:last] = [either] * params["num_carry"]  # after the first round a carry may depend on anything
-        return params["length"] * _walk(programs[0], operands)[0]
-    if name == "cond":
-        return max(_walk(program, operands[1:])[0] for program in programs)
-    macs = 0
-    for program in programs:
-        fits = len(program.invars) == len(operands)
-        macs += _walk(program, operands if fits else [either] * len(program.invars))[0]
-    if macs and name == "while":
-        raise NotImplementedError("products in a loop of unknown length cannot be counted")
-    return macs
 
 
 def describe(summary: Summary) -> str:

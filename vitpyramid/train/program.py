@@ -75,18 +75,30 @@ def abstract_batch(task: Task, mesh: Mesh, evaluation: bool = False) -> dict:
     )
 
 
-def compile_train_step(task: Task, program: Program, mesh: Mesh) -> jax.stages.Compiled:
-    """The training step for this mesh. It takes the state's memory over."""
+def train_step_for(task: Task, program: Program, mesh: Mesh) -> tuple[jax.stages.Wrapped, tuple]:
+    """The training step for this mesh, to be compiled, and the shapes of what it takes. It takes the state's memory."""
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state)
     step = jax.jit(program.train_step, donate_argnums=0, out_shardings=(state_shardings, replicated(mesh)))
-    return _compile("train step", step, program.state, abstract_batch(task, mesh), program.constants)
+    return step, (program.state, abstract_batch(task, mesh), program.constants)
+
+
+def eval_step_for(task: Task, variables: dict, mesh: Mesh) -> tuple[jax.stages.Wrapped, tuple]:
+    """The evaluation step `(variables, batch) -> metrics` likewise; `variables` are abstract."""
+    # Replicated, so that every host reads all of the metrics.
+    step = jax.jit(make_eval_step(task), out_shardings=replicated(mesh))
+    return step, (variables, abstract_batch(task, mesh, evaluation=True))
+
+
+def compile_train_step(task: Task, program: Program, mesh: Mesh) -> jax.stages.Compiled:
+    """The training step, compiled. It takes the state's memory over."""
+    step, shapes = train_step_for(task, program, mesh)
+    return compile_logged("train step", step, *shapes)
 
 
 def compile_eval_step(task: Task, variables: dict, mesh: Mesh) -> jax.stages.Compiled:
-    """The evaluation step `(variables, batch) -> metrics` for this mesh; `variables` are abstract."""
-    # Replicated, so that every host reads all of the metrics.
-    step = jax.jit(make_eval_step(task), out_shardings=replicated(mesh))
-    return _compile("evaluation step", step, variables, abstract_batch(task, mesh, evaluation=True))
+    """The evaluation step, compiled."""
+    step, shapes = eval_step_for(task, variables, mesh)
+    return compile_logged("evaluation step", step, *shapes)
 
 
 def use_compile_cache(folder: str) -> None:
@@ -98,7 +110,8 @@ def use_compile_cache(folder: str) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def _compile(what: str, function, *args) -> jax.stages.Compiled:
+def compile_logged(what: str, function: jax.stages.Wrapped, *args) -> jax.stages.Compiled:
+    """A function compiled for arguments of these shapes, with lines that say so and how long it took."""
     start = time.perf_counter()
     lowered = function.lower(*args)
     log.info("compiling the %s ...", what)

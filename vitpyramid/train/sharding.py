@@ -8,21 +8,34 @@ import collections
 from collections.abc import Iterable, Iterator
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vitpyramid.models.sharding import BATCH_AXES
+from vitpyramid.tasks.task import ConfigError
 
 # Parameters smaller than this are copied to every device: gathering them costs more than they take.
 MIN_SHARDED_SIZE = 2**14
 
 
 def make_mesh(fsdp: int, devices: list[jax.Device] | None = None) -> Mesh:
-    """The devices, by default all, as `(data, fsdp)`."""
+    """The devices, by default all, as `(data, fsdp)`; `fsdp` stays within a slice of TPUs, `data` goes over slices.
+
+    Raises:
+      ConfigError: a slice has no multiple of `fsdp` devices.
+    """
     devices = jax.devices() if devices is None else devices
     # Auto: jax.make_mesh defaults to Explicit axes, which ordinary Flax code does not run under.
-    shape, auto = (len(devices) // fsdp, fsdp), (AxisType.Auto,) * 2
-    return jax.make_mesh(shape, BATCH_AXES, axis_types=auto, devices=devices)
+    auto = (AxisType.Auto,) * 2
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh((len(devices) // fsdp, fsdp), BATCH_AXES, axis_types=auto, devices=devices)
+    inside = len(devices) // slices
+    if inside % fsdp:
+        raise ConfigError(f"mesh.fsdp = {fsdp}: expected a divisor of the {inside} devices of a slice")
+    arranged = mesh_utils.create_hybrid_device_mesh((inside // fsdp, fsdp), (slices, 1), devices)
+    return Mesh(arranged, BATCH_AXES, axis_types=auto)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

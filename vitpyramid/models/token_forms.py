@@ -1,0 +1,153 @@
+"""What blocks do to tokens, written twice as in `forms`: LayerNorm, GELU, softmax attention.
+
+The TPU's forms have a backward pass of their own, which stores less and passes fewer times over it.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from vitpyramid.models.forms import at_least_float32, by_device
+
+
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, dtype) -> jax.Array:
+    """LayerNorm over the last axis, statistics in at least float32.
+
+    The variance takes two passes. In bfloat16 a TPU takes one, in both directions, over differences to the row's first
+    entry: with `n` entries that loses at most `n` roundings of float32, wherever the row lies (the sums of `x` and of
+    its square lose any number).
+
+    Args:
+      x: `[..., C]`.
+      scale, bias: `[C]`.
+
+    Returns:
+      `[..., C]` in `dtype`.
+    """
+    tpu = layer_norm_one_pass if dtype == jnp.bfloat16 else layer_norm_two_passes
+    return by_device(tpu, layer_norm_two_passes, x, scale, bias, epsilon=epsilon, dtype=dtype)
+
+
+def layer_norm_two_passes(x, scale, bias, epsilon, dtype):
+    wide = x.astype(at_least_float32(x.dtype))
+    mean = wide.mean(-1, keepdims=True)
+    variance = jnp.square(wide - mean).mean(-1, keepdims=True)
+    return ((wide - mean) * (jax.lax.rsqrt(variance + epsilon) * scale) + bias).astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def layer_norm_one_pass(x, scale, bias, epsilon, dtype):
+    return _normed(x, scale, bias, epsilon, dtype)[0]
+
+
+def _normed(x, scale, bias, epsilon, dtype):
+    wide = x.astype(at_least_float32(x.dtype))
+    first = wide[..., :1]
+    difference = wide - first
+    mean = difference.mean(-1, keepdims=True)
+    variance = jnp.maximum(jnp.square(difference).mean(-1, keepdims=True) - jnp.square(mean), 0)
+    mean, rate = mean + first, jax.lax.rsqrt(variance + epsilon)
+    return ((wide - mean) * (rate * scale) + bias).astype(dtype), (x, scale, mean, rate)
+
+
+def _normed_backward(epsilon, dtype, stored, cotangent):
+    x, scale, mean, rate = stored
+    normed, cotangent = (x - mean) * rate, cotangent.astype(mean.dtype)
+    rows = tuple(range(x.ndim - 1))
+    of_scale, of_bias = (cotangent * normed).sum(rows), cotangent.sum(rows)
+    cotangent = cotangent * scale
+    level, slope = (y.mean(-1, keepdims=True) for y in (cotangent, cotangent * normed))
+    of_x = rate * (cotangent - level - normed * slope)
+    return of_x.astype(x.dtype), of_scale.astype(scale.dtype), of_bias.astype(scale.dtype)
+
+
+layer_norm_one_pass.defvjp(_normed, _normed_backward)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """`x Phi(x)`, the exact (erf) form, `[...]` -> `[...]`.
+
+    In bfloat16 a TPU computes value and slope together, in float32 and rounded once, and keeps the slope for the
+    backward pass, which is then one product. By itself the compiler takes `erfc`, three times as many operations, and
+    keeps it beside `x`: both are read where one would do. The form has few digits left below -5, where GELU is 1e-6.
+    """
+    return by_device(gelu_with_slope if x.dtype == jnp.bfloat16 else gelu_erfc, gelu_erfc, x)
+
+
+def gelu_erfc(x):
+    return jax.nn.gelu(x, approximate=False)
+
+
+@jax.custom_vjp
+def gelu_with_slope(x):
+    return _value_and_slope(x)[0]
+
+
+def _value_and_slope(x):
+    wide = x.astype(at_least_float32(x.dtype))
+    share = 0.5 + 0.5 * jax.lax.erf(wide * 0.5**0.5)
+    slope = share + wide * jnp.exp(-0.5 * jnp.square(wide)) * (2 * jnp.pi) ** -0.5
+    # Without the barrier the slope is computed in the backward pass, from `x`.
+    return jax.lax.optimization_barrier(((wide * share).astype(x.dtype), slope.astype(x.dtype)))
+
+
+gelu_with_slope.defvjp(_value_and_slope, lambda slope, cotangent: (cotangent * slope,))
+
+
+def attention(query: jax.Array, key: jax.Array, value: jax.Array, scale: float) -> jax.Array:
+    """`softmax(scale * query key^T) value` for each head, the softmax in at least float32.
+
+    A TPU spends most of it on moving weights `[N, M]`, not on products. Its form keeps them for the backward pass once,
+    in the dtype of `value` in which they were multiplied, and takes the sums that the softmax's gradient needs over
+    `d` instead of over keys.
+
+    Args:
+      query: `[B, N, heads, d]`.
+      key, value: `[B, M, heads, d]`.
+
+    Returns:
+      `[B, N, heads, d]` in the dtype of `value`.
+    """
+    return by_device(attention_tpu, attention_products, query, key, value, scale=scale)
+
+
+def attention_weights(query: jax.Array, key: jax.Array, scale: float) -> jax.Array:
+    """The attention map, `[B, heads, N, M]`, at least float32."""
+    return jax.nn.softmax(_logits(query, key, scale))
+
+
+def _logits(query, key, scale):
+    return jnp.einsum("bnhd,bmhd->bhnm", query, key, preferred_element_type=at_least_float32(query.dtype)) * scale
+
+
+def attention_products(query, key, value, scale):
+    weights = attention_weights(query, key, scale)
+    return jnp.einsum("bhnm,bmhd->bnhd", weights.astype(value.dtype), value)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def attention_tpu(query, key, value, scale):
+    return _attended(query, key, value, scale)[0]
+
+
+def _attended(query, key, value, scale):
+    weights = attention_weights(query, key, scale).astype(value.dtype)
+    out = jnp.einsum("bhnm,bmhd->bnhd", weights, value)
+    return out, (query, key, value, weights, out)
+
+
+def _attended_backward(scale, stored, cotangent):
+    query, key, value, weights, out = stored
+    wide = at_least_float32(query.dtype)
+    # Of each row of weights times their cotangents, without a pass over those.
+    level = (cotangent.astype(wide) * out).sum(-1).swapaxes(1, 2)[..., None]
+    of_value = jnp.einsum("bhnm,bnhd->bmhd", weights, cotangent)
+    of_weights = jnp.einsum("bnhd,bmhd->bhnm", cotangent, value, preferred_element_type=wide)
+    of_logits = (weights * (of_weights - level) * scale).astype(query.dtype)
+    of_query = jnp.einsum("bhnm,bmhd->bnhd", of_logits, key)
+    of_key = jnp.einsum("bhnm,bnhd->bmhd", of_logits, query)
+    return of_query, of_key, of_value
+
+
+attention_tpu.defvjp(_attended, _attended_backward)
