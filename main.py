@@ -52,7 +52,8 @@ flags.DEFINE_integer("num_processes", None, "Processes in all; goes with --coord
 flags.DEFINE_integer("process_id", None, "This process, from 0; goes with --coordinator_address.")
 
 EXIT_CONFIG, EXIT_NON_FINITE, EXIT_IO, EXIT_STOPPED, EXIT_PEER = 1, 70, 74, 75, 76
-_PATIENCE = 60  # seconds to wait for the other processes, at the start and when one is silent
+_JOINING = 300  # seconds until all processes are there: a cluster starts them minutes apart
+_PATIENCE = 60  # seconds without a sign of another process
 log = logging.getLogger("vitpyramid")
 
 
@@ -129,7 +130,7 @@ def _join_processes() -> None:
             FLAGS.coordinator_address,
             FLAGS.num_processes,
             FLAGS.process_id,
-            initialization_timeout=_PATIENCE,
+            initialization_timeout=_JOINING,
             heartbeat_timeout_seconds=_PATIENCE,
         )
 
