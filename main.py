@@ -28,10 +28,11 @@ from vitpyramid.tools.config_args import read_flags
 from vitpyramid.train import loop
 from vitpyramid.train.config import validate
 from vitpyramid.train.report import NonFiniteError, format_summary
+from vitpyramid.train.workdir import open_workdir
 
 FLAGS = flags.FLAGS
 CONFIG = config_flags.DEFINE_config_file("config", None, "Default: quickstart.py. --config.KEY=VALUE changes a key.")
-flags.DEFINE_string("workdir", "", "Folder of the run, resumed if there is one. Default: runs/ and the config's name.")
+flags.DEFINE_string("workdir", "", "Folder or gs://... of the run, resumed if there is one. Default: runs/CONFIG.")
 flags.DEFINE_enum(
     "mode",
     "train",
@@ -51,7 +52,8 @@ flags.DEFINE_integer("num_processes", None, "Processes in all; goes with --coord
 flags.DEFINE_integer("process_id", None, "This process, from 0; goes with --coordinator_address.")
 
 EXIT_CONFIG, EXIT_NON_FINITE, EXIT_IO, EXIT_STOPPED, EXIT_PEER = 1, 70, 74, 75, 76
-_PATIENCE = 60  # seconds to wait for the other processes, at the start and when one is silent
+_JOINING = 300  # seconds until all processes are there: a cluster starts them minutes apart
+_PATIENCE = 60  # seconds without a sign of another process
 log = logging.getLogger("vitpyramid")
 
 
@@ -71,10 +73,8 @@ def main(argv: list[str]) -> int:
     log.info("vitpyramid %s, jax %s, %s", vitpyramid.__version__, jax.__version__, devices)
 
     config_file = config_flags.get_config_filename(FLAGS["config"])
-    workdir = Path(FLAGS.workdir or Path("runs", Path(config_file.split(":")[0]).stem))
     try:
-        if "://" in FLAGS.workdir:  # Path would make a local folder of that name
-            raise ConfigError(f"--workdir={FLAGS.workdir}: expected a folder; a bucket can be mounted, as gcsfuse does")
+        workdir = open_workdir(FLAGS.workdir or Path("runs", Path(config_file.split(":")[0]).stem))
         validate(CONFIG.value, base.get_config(), jax.device_count(), evaluation=FLAGS.mode == "eval")
         task = make_task(CONFIG.value)
         if FLAGS.mode == "eval":
@@ -130,7 +130,7 @@ def _join_processes() -> None:
             FLAGS.coordinator_address,
             FLAGS.num_processes,
             FLAGS.process_id,
-            initialization_timeout=_PATIENCE,
+            initialization_timeout=_JOINING,
             heartbeat_timeout_seconds=_PATIENCE,
         )
 

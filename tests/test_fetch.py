@@ -133,7 +133,7 @@ def test_paths(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("gs://bucket/w.pth", "gs://bucket/w.pth: expected a path, hf://.* or https://"),
+        ("s3://bucket/w.pth", "s3://bucket/w.pth: expected a path, gs://.* or https://"),
         ("hf://owner", r"hf://owner: expected hf://owner/repo\[/file\]"),
         ("https://example.org/", "expected a URL that ends in the name of a file"),
         ("https://example.org/a/..", "expected a URL that ends in the name of a file"),

@@ -25,7 +25,7 @@ def read(run):
 def ends(runs):
     codes = []
     for run in runs:
-        codes.append(run.process.wait(timeout=150))
+        codes.append(run.process.wait(timeout=600))
     return codes
 
 

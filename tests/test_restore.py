@@ -57,7 +57,7 @@ def in_two_processes(*args):
     programs = [program.format(f"localhost:{port}", i, args) for i in range(2)]
     path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     runs = [subprocess.Popen([sys.executable, "-c", text], env=environment | {"PYTHONPATH": path}) for text in programs]
-    assert [run.wait(timeout=120) for run in runs] == [0, 0]
+    assert [run.wait(timeout=600) for run in runs] == [0, 0]
 
 
 def test_from_mesh_to_mesh_and_process_to_process(tmp_path):

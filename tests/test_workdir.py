@@ -118,7 +118,7 @@ def test_no_space_is_told_before_it_is_written(tmp_path, monkeypatch):
         (["--workdir={file}"], 74, "{file}: File exists"),
         (["--workdir={file}/run"], 74, "{file}/run: Not a directory"),
         (["--workdir={folder}/" + "x" * 300], 74, "File name too long"),
-        (["--workdir=gs://bucket/run"], 1, "--workdir=gs://bucket/run: expected a folder"),
+        (["--workdir=s3://bucket/run"], 1, "--workdir=s3://bucket/run: expected a path or gs://"),
         (["--num_processes=2"], 1, "--coordinator_address, which is missing"),
         (["--process_id=1"], 1, "--coordinator_address, which is missing"),
         (["--distributed"], 1, "--distributed: cannot find the other processes"),

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from vitpyramid.data.splits import split_names, split_ranges, unknown_split
+from vitpyramid.files import as_path, bucket_files, in_bucket, in_one_line, read_bytes
 from vitpyramid.progress import with_progress
 
 log = logging.getLogger(__name__)
@@ -44,8 +45,7 @@ class FolderRecords:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        with open(self._path(index), "rb") as file:
-            return {"image": file.read(), "label": int(self.labels[index])}
+        return {"image": read_bytes(self._path(index)), "label": int(self.labels[index])}
 
     def where(self, index: int) -> str:
         """The file, for messages."""
@@ -65,7 +65,7 @@ def open_folder(data_config, split: str) -> tuple[FolderRecords, int]:
     much of every class, the same on every machine, and hardly changed by a file that is added.
 
     Args:
-      data_config: `config.data`; reads `data_dir`, `train_split`, `eval_split` and `on_corrupt`.
+      data_config: `config.data`; reads `data_dir`, also gs://..., `train_split`, `eval_split` and `on_corrupt`.
       split: "train", "train[:99%]", "train+val": TFDS's syntax over the names of the folders in `data_dir`.
 
     Returns:
@@ -84,7 +84,8 @@ def open_folder(data_config, split: str) -> tuple[FolderRecords, int]:
         classes = _common_classes(root, data_config, names, available)
         listings = {name: _list_split(root, name, classes) for name in dict.fromkeys(names)}
     except OSError as error:
-        raise ValueError(f"data.data_dir: cannot list {_shown(error.filename)}: {error.strerror}.") from error
+        what = f"{_shown(error.filename)}: {error.strerror}" if error.filename else str(error)
+        raise ValueError(f"data.data_dir: cannot list {what}.") from error
     broken = [path for listing in listings.values() for path in listing.broken]
     if broken and data_config.on_corrupt == "error":
         raise ValueError(f"data.data_dir: links to files that are not there: {_some(broken)}.")
@@ -124,6 +125,13 @@ def _list_split(root: bytes, split: str, classes: list[bytes]) -> _Listing:
 
 def _images_below(folder: bytes, above: frozenset) -> Iterator[tuple[bytes, bool]]:
     """The path of each image, and whether it is a broken link. `above` are the folders that this one lies in."""
+    if in_bucket(os.fsdecode(folder)):
+        with in_one_line(os.fsdecode(folder)):
+            found = bucket_files().find(os.fsdecode(folder))
+        paths = (os.fsencode(f"gs://{name}") for name in found)
+        below = ((path, path[len(folder) :]) for path in paths)
+        yield from ((path, False) for path, name in below if b"/." not in name and _is_image(name))
+        return
     stat = os.stat(folder)
     if (stat.st_dev, stat.st_ino) in above:
         raise ValueError(f"data.data_dir: {_shown(folder)} links back to a folder that it lies in.")
@@ -134,8 +142,12 @@ def _images_below(folder: bytes, above: frozenset) -> Iterator[tuple[bytes, bool
                 continue
             if entry.is_dir():
                 yield from _images_below(entry.path, above)
-            elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS and (entry.is_file() or entry.is_symlink()):
+            elif _is_image(entry.name) and (entry.is_file() or entry.is_symlink()):
                 yield entry.path, not entry.is_file()
+
+
+def _is_image(name: bytes) -> bool:
+    return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
 def _common_classes(root: bytes, data_config, names: list[str], available: list[str]) -> list[bytes]:
@@ -145,7 +157,8 @@ def _common_classes(root: bytes, data_config, names: list[str], available: list[
     used = list(dict.fromkeys(used + names))
     first, *others = [_folders_in(os.path.join(root, os.fsencode(name))) for name in used]
     if not first:
-        inside = _some(sorted(os.listdir(os.path.join(root, os.fsencode(used[0])))))
+        folder = os.path.join(root, os.fsencode(used[0]))
+        inside = _some(sorted(os.fsencode(path.name) for path in as_path(os.fsdecode(folder)).iterdir()))
         raise ValueError(
             f"data.data_dir: {used[0]!r} has no class folders, expected SPLIT/CLASS/IMAGE; it has {inside}."
         )
@@ -167,6 +180,12 @@ def _named_folders(split: str, available: list[str]) -> list[str]:
 
 def _folders_in(folder: bytes) -> list[bytes]:
     """Names in torchvision's order, which is that of the decoded names."""
+    path = os.fsdecode(folder)
+    if in_bucket(path):
+        with in_one_line(path):
+            entries = bucket_files().ls(path, detail=True)
+        folders = [os.path.basename(entry["name"].rstrip("/")) for entry in entries if entry["type"] == "directory"]
+        return [os.fsencode(name) for name in sorted(folders) if not name.startswith(".")]
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries if not entry.name.startswith(b".") and entry.is_dir()]
     return sorted(names, key=os.fsdecode)

@@ -1,4 +1,4 @@
-"""TFDS data sets that lie prepared on disk, as ArrayRecord or TFRecord, read without TensorFlow."""
+"""TFDS data sets that lie prepared on disk or in a bucket, as ArrayRecord or TFRecord, read without TensorFlow."""
 
 import concurrent.futures
 import contextlib
@@ -15,6 +15,7 @@ from vitpyramid.data.digits import Digits
 from vitpyramid.data.shards import Shards, check_counts
 from vitpyramid.data.splits import unknown_split
 from vitpyramid.data.tfrecord import TFRecords
+from vitpyramid.files import in_bucket
 from vitpyramid.progress import with_progress
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def open_prepared(name: str, data_dir: str, split: str) -> tuple[PreparedRecords
 
     Args:
       name: a TFDS builder name.
-      data_dir: where TFDS data sets are; "" stands for the TFDS default.
+      data_dir: where TFDS data sets are, TFRecord ones also at gs://...; "" stands for the TFDS default.
       split: a TFDS split, sub-splits included.
 
     Returns:
@@ -92,6 +93,8 @@ def open_prepared(name: str, data_dir: str, split: str) -> tuple[PreparedRecords
         such split, or no image and class label in its features.
     """
     data_dir = os.path.expanduser(data_dir)  # TFDS leaves a ~ as it is
+    if name == "digits" and in_bucket(data_dir):
+        raise ValueError(f"data.data_dir: {data_dir}: expected a folder of this machine for 'digits', 2 MB")
     builder = _prepared_digits(data_dir) if name == "digits" else _prepared_builder(name, data_dir)
     features = builder.info.features
     expected = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
@@ -114,9 +117,15 @@ def _file_format(builder: tfds.core.DatasetBuilder) -> tfds.core.FileFormat:
     # `info.available_file_formats()` forgets what `tfds convert_format` added to a set whose builder is in TFDS's code.
     stored = builder.info.as_proto
     available = {stored.file_format, *stored.alternative_file_formats}
-    for file_format in (ARRAY_RECORD, TFRECORD):
+    remote = in_bucket(builder.data_path)
+    for file_format in (TFRECORD,) if remote else (ARRAY_RECORD, TFRECORD):
         if file_format.value in available:
             return file_format
+    if remote and ARRAY_RECORD.value in available:
+        raise ValueError(
+            f"data.data_dir: {builder.data_path}: ArrayRecord's library reads no buckets, expected tfrecord. Or mount "
+            "the bucket with gcsfuse, or copy the folder to a disk, and name that folder"
+        )
     raise ValueError(
         f"data.name / data.data_dir: {builder.info.full_name!r} in {str(builder.data_path)!r} is prepared as "
         f"{', '.join(sorted(available))}, expected array_record or tfrecord. Convert it in place (the old files stay), "

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from vitpyramid.data.folder import open_folder
 from vitpyramid.data.prepared import open_prepared
 from vitpyramid.data.synthetic import open_synthetic
+from vitpyramid.files import as_path, reach
 
 
 class Records(Protocol):
@@ -65,6 +66,10 @@ def open_source(data_config, split: str) -> Source:
         and class label in its features.
     """
     name = data_config.name
+    try:
+        reach(as_path(data_config.data_dir))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"data.data_dir: {error}") from error
     if name == "folder":
         records, num_classes = open_folder(data_config, split)
     elif name == "synthetic":

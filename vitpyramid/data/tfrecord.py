@@ -2,7 +2,8 @@
 
 A record is its length (uint64), the length's checksum (uint32), the data, and the data's checksum (uint32), all little
 endian: `tensorflow/core/lib/io/record_writer.h`. Nothing says where the n-th record begins, so the lengths of a file
-are read once and the offsets kept in the user's cache folder, under a name made from the file's path, size and time.
+are read once and the offsets kept in the user's cache folder, under a name made from the file's path, size and time, or
+its version in a bucket.
 """
 
 import concurrent.futures
@@ -21,7 +22,7 @@ import numpy as np
 import platformdirs
 
 from vitpyramid.data.shards import Shards, check_counts
-from vitpyramid.files import write_atomically
+from vitpyramid.files import bucket_files, in_bucket, read_bytes, write_atomically
 from vitpyramid.progress import with_progress
 
 log = logging.getLogger(__name__)
@@ -54,9 +55,7 @@ class TFRecords(Sequence[bytes]):
     def __getitem__(self, index: int) -> bytes:
         path, _, start, end = self._locate(index)
         # Opened for each record: 5 us on a local disk, and a thousand files held open are more than many systems allow.
-        with open(path, "rb") as file:
-            file.seek(start)
-            record = file.read(end - start)
+        record = read_bytes(path, start, end)
         data = record[_HEADER.size : -_FOOTER.size]
         if len(record) < end - start or _HEADER.unpack_from(record)[0] != len(data):
             raise ValueError("the file was changed after it had been opened")
@@ -98,8 +97,9 @@ def scan(path: str) -> np.ndarray:
       OSError: it cannot be read.
     """
     offsets = [0]
-    with open(path, "rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
+    # From a bucket large pieces, one after the other: a request for each record would take longer.
+    with bucket_files().open(path) if in_bucket(path) else open(path, "rb", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
         while offsets[-1] < size:
             file.seek(offsets[-1])
             header = file.read(_HEADER.size)
@@ -117,18 +117,28 @@ def scan(path: str) -> np.ndarray:
 
 def _index_file(path: str, cache: Path | None) -> np.ndarray:
     try:
-        stat = os.stat(path)
+        key, size = _version(path)
         if cache is None:
             return scan(path)
-        key = f"{os.path.abspath(path)}\0{stat.st_size}\0{stat.st_mtime_ns}"
         cached = cache / f"{hashlib.sha256(os.fsencode(key)).hexdigest()}.npy"
-        offsets = _load(cached, stat.st_size)
+        offsets = _load(cached, size)
         if offsets is None:
             offsets = scan(path)
             _save(cached, offsets)
         return offsets
-    except OSError as error:
+    except ValueError:
+        raise
+    except Exception as error:  # broad: the clients of buckets raise others than OSError
         raise ValueError(f"{path}: cannot be read ({error}).") from error
+
+
+def _version(path: str) -> tuple[str, int]:
+    """What tells a file's content from others, and its size."""
+    if in_bucket(path):
+        held = bucket_files().info(path)
+        return f"{path}\0{held['generation']}", held["size"]
+    stat = os.stat(path)
+    return f"{os.path.abspath(path)}\0{stat.st_size}\0{stat.st_mtime_ns}", stat.st_size
 
 
 def _load(cached: Path, size: int) -> np.ndarray | None:

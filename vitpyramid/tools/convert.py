@@ -3,12 +3,14 @@
     python -m vitpyramid.tools.convert pvt_small.pth --out=weights/pvt_small
     python -m vitpyramid.tools.convert weights/pvt_small --to-torch --out=pvt_small.safetensors
 
-The first reads .pth, .pth.tar, .bin, .safetensors, hf://owner/repo and https:// sources; `main.py --mode=eval
+The first reads .pth, .pth.tar, .bin, .safetensors, gs://, hf://owner/repo and https:// sources; `main.py --mode=eval
 --workdir=weights/pvt_small`, `main.py --config.init=weights/pvt_small` and `vitpyramid.load_pretrained` take what it
-writes. The second takes such a folder, or a work directory of main.py. Exit codes: 0 done; 1 refused, nothing written.
+writes. The second takes such a folder, or a work directory of main.py. --out may be gs://..., too. Exit codes: 0 done;
+1 refused, nothing written.
 """
 
 import argparse
+import io
 import json
 import sys
 import time
@@ -18,6 +20,7 @@ from pathlib import Path
 import jax
 
 import vitpyramid
+from vitpyramid.files import as_path, in_bucket, reach, write_atomically
 from vitpyramid.models.registry import get_variant
 from vitpyramid.tools.arguments import at_least
 from vitpyramid.weights.containers import open_contents
@@ -48,8 +51,10 @@ def to_orbax(
     """
     if name is not None:
         get_variant(name)
-    there = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not there.is_dir() or (there == out and any(out.iterdir())):
+    reach(out)
+    above = () if in_bucket(out) else out.absolute().parents
+    there = next((path for path in (out, *above) if path.exists()), None)
+    if there and (not there.is_dir() or (there == out and any(out.iterdir()))):
         raise FileExistsError(f"--out={out}: expected a new or empty folder, {there} is none; nothing is replaced")
     begin = time.perf_counter()
     path = fetch(source)
@@ -91,7 +96,7 @@ def to_orbax(
         "vitpyramid": vitpyramid.__version__,
         **converted.notes,
     }
-    (out / CONVERTED).write_text(json.dumps(report, indent=2) + "\n")
+    write_atomically(out / CONVERTED, json.dumps(report, indent=2) + "\n")
     print(f"wrote {out} in {time.perf_counter() - begin:.1f} s")
 
 
@@ -103,8 +108,10 @@ def to_torch(source: Path, out: Path, weights: str = "auto") -> None:
     Raises:
       ValueError, OSError: nothing was written.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
+    for path in (source, out):
+        reach(path)
     if out.suffix != ".safetensors":
         raise ValueError(f"--out={out}: expected a name that ends in .safetensors")
     files = [out, out.with_suffix(".pth")] if find_spec("torch") else [out]
@@ -115,14 +122,15 @@ def to_torch(source: Path, out: Path, weights: str = "auto") -> None:
     state_dict = flax_to_torch(stored.network["name"], stored.variables)
     out.parent.mkdir(parents=True, exist_ok=True)
     for file in files:
-        part = file.with_name(f"{file.name}.part")
         if file is out:
-            save_file(state_dict, part, metadata={"format": "pt"})
+            content = save(state_dict, metadata={"format": "pt"})
         else:
             import torch
 
-            torch.save({key: torch.from_numpy(array) for key, array in state_dict.items()}, part)
-        part.rename(file)
+            pickled = io.BytesIO()
+            torch.save({key: torch.from_numpy(array) for key, array in state_dict.items()}, pickled)
+            content = pickled.getvalue()
+        write_atomically(file, content)
         print(f"wrote {file}: {stored.network['name']}, {stored.weights} weights of step {stored.step}")
 
 
@@ -136,8 +144,8 @@ def _allow(text: str) -> tuple[str, ...]:
 
 def main() -> int:
     parser = argparse.ArgumentParser("python -m vitpyramid.tools.convert", description=__doc__.split("\n\n")[0])
-    parser.add_argument("input", help="file, hf://owner/repo[/file] or https://...; with --to-torch a folder")
-    parser.add_argument("--out", type=Path, required=True, help="new folder; with --to-torch a .safetensors file")
+    parser.add_argument("input", help="file, gs://..., hf://owner/repo[/file] or https://...; with --to-torch a folder")
+    parser.add_argument("--out", required=True, help="new folder; with --to-torch a .safetensors file")
     parser.add_argument("--model", help="name of the network; recognised by keys and shapes if left out")
     parser.add_argument(
         "--weights", choices=("auto", "ema", "raw"), default="auto", help="moving average or raw weights"
@@ -154,9 +162,10 @@ def main() -> int:
     args = parser.parse_args()
     try:
         if args.to_torch:
-            to_torch(Path(args.input), args.out, args.weights)
+            to_torch(as_path(args.input), as_path(args.out), args.weights)
         else:
-            to_orbax(args.input, args.out, args.model, args.weights, args.num_classes, args.size, args.allow, args.seed)
+            out, network = as_path(args.out), (args.num_classes, args.size)
+            to_orbax(args.input, out, args.model, args.weights, *network, args.allow, args.seed)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from vitpyramid.data.augment import Size, decode, eval_crop, height_width
 from vitpyramid.data.folder import EXTENSIONS
+from vitpyramid.files import as_path, in_bucket
 from vitpyramid.models.backbone import Variant
 from vitpyramid.models.registry import create_model, get_variant, list_models
 from vitpyramid.tasks.prepare import normalise
@@ -178,7 +179,7 @@ def name_of(model: nn.Module) -> str:
 
 def evaluation_of(checkpoint: str, variant: Variant) -> Variant:
     """`variant` with the crop, filter, mean and std of the run whose work directory `checkpoint` is, if it is one."""
-    file = Path(checkpoint) / "config.json"
+    file = (as_path(checkpoint) if in_bucket(checkpoint) else Path(checkpoint)) / "config.json"
     if not file.is_file():
         return variant
     data = json.loads(file.read_text())["data"]
@@ -265,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--checkpoint",
         required=True,
-        help="converted folder, work directory, PyTorch file, hf://owner/repo, https://...",
+        help="converted folder, work directory, PyTorch file, gs://..., hf://owner/repo, https://...",
     )
     parser.add_argument("--model", help="name of the network; recognised by the weights if left out")
     parser.add_argument("--size", type=image_size, help="HEIGHTxWIDTH or SIDE of the images; default: the model's own")

@@ -56,7 +56,7 @@ def train(task: Task, workdir: Path, allow_config_change: bool = False) -> Summa
     mesh = make_mesh(config.mesh.fsdp)
     with contextlib.ExitStack() as stack:
         stop_requested = stack.enter_context(stop_requests())
-        stack.enter_context(held(workdir))
+        check_held = stack.enter_context(held(workdir))
         stack.enter_context(jax.set_mesh(mesh))
         start = agreed(lambda: newest_intact(workdir / store.FOLDER, set_aside=True)) or 0
         checkpoints = stack.enter_context(store.open_checkpoints(workdir, config.checkpoint.keep, background=True))
@@ -93,10 +93,15 @@ def train(task: Task, workdir: Path, allow_config_change: bool = False) -> Summa
         before_step = stack.enter_context(profiled(config.profile, workdir / "tensorboard"))
         metrics, stop = {}, False
 
+        def save() -> None:
+            with report.paused(step):
+                check_held()
+                writer.sync()  # before the checkpoint, whose run goes on behind these lines
+                checkpoint.save(checkpoints, state, task)
+
         for step in range(start, total + 1):
             if step > start and (step == total or step % save_every == 0):
-                with report.paused(step):
-                    checkpoint.save(checkpoints, state, task)
+                save()
             if step == total or (step > 0 and step % eval_every == 0):
                 metrics = writer.evaluations.get(step, {})  # where a run was stopped after it
                 if not metrics:
@@ -113,8 +118,7 @@ def train(task: Task, workdir: Path, allow_config_change: bool = False) -> Summa
                 state, measured = train_step(state, batch, constants)
             report.add(step + 1, measured)
         if stop and step > (checkpoints.latest_step() or 0):
-            with report.paused(step):
-                checkpoint.save(checkpoints, state, task)
+            save()
         store.finish(checkpoints)
         writer.close()
     return Summary(step, total, metrics, report.examples_per_second, compile_seconds)

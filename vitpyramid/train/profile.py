@@ -2,11 +2,14 @@
 
 import contextlib
 import logging
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
+
+from vitpyramid.files import bucket_files, in_bucket, in_one_line
 
 log = logging.getLogger(__name__)
 
@@ -19,12 +22,13 @@ def profiled(config: ConfigDict, folder: Path) -> Iterator[Callable]:
     gave. A trace that is open at the end is closed.
     """
     tracing = False
+    local = tempfile.TemporaryDirectory() if in_bucket(folder) and config.steps else None  # JAX writes to disks alone
 
     def before_step(taken: int, state) -> None:
         nonlocal tracing
         if config.steps and taken == config.start:
             jax.block_until_ready(state)
-            jax.profiler.start_trace(str(folder))
+            jax.profiler.start_trace(local.name if local else str(folder))
             tracing = True
         elif tracing and taken == config.start + config.steps:
             jax.block_until_ready(state)
@@ -34,6 +38,10 @@ def profiled(config: ConfigDict, folder: Path) -> Iterator[Callable]:
         nonlocal tracing
         tracing = False
         jax.profiler.stop_trace()
+        if local:
+            with in_one_line(folder):
+                bucket_files().put(f"{local.name}/", f"{folder}/", recursive=True)
+            local.cleanup()
         log.info("wrote a profile to %s (pip install xprof; xprof %s)", folder / "plugins" / "profile", folder)
 
     try:

@@ -17,8 +17,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from vitpyramid.files import write_atomically
+from vitpyramid.files import as_path, in_bucket, reach, write_atomically
 from vitpyramid.tasks.task import ConfigError
+from vitpyramid.train.lease import Lease
 
 LOCK, OWNER = ".lock", ".owner.json"
 _LONGEST = 1000  # characters of an error that goes to the other processes
@@ -27,34 +28,58 @@ _PATIENCE = 30.0  # seconds until a file written by one host is seen by another
 log = logging.getLogger(__name__)
 
 
+def open_workdir(name: str | os.PathLike) -> Path:
+    """The path of a work directory, on this machine or in a bucket.
+
+    Raises:
+      ConfigError: it is in neither, or what reads buckets is not installed.
+      OSError: there is no such bucket, or it cannot be reached.
+    """
+    try:
+        workdir = as_path(name)
+    except ValueError as error:
+        raise ConfigError(f"--workdir={error}") from error
+    reach(workdir)
+    return workdir
+
+
 @contextlib.contextmanager
-def held(workdir: Path) -> Iterator[None]:
+def held(workdir: Path) -> Iterator[Callable[[], None]]:
     """Holds a work directory for as long as a run lives; the operating system lets go of it when the process ends.
 
     The lock is `flock`'s: it holds between processes of one machine and, on network file systems that carry it (NFS
     from version 4 on), between machines. Where a file system has no locks, a warning says so and nothing is held.
+    What holds in a bucket is said at `Lease`.
+
+    Yields:
+      What raises `OSError` if another run has taken the work directory over; to be called before a save.
 
     Raises:
       ConfigError: another run holds it, or the processes of this one do not see the same folder.
       OSError: it cannot be written to.
     """
-    lock = filelock.FileLock(workdir / LOCK)
+    lease = Lease(workdir / OWNER) if in_bucket(workdir) else None
+    lock = lease or filelock.FileLock(workdir / LOCK)
 
     def take() -> str:
+        owner = {"process": os.getpid(), "host": socket.gethostname(), "token": uuid.uuid4().hex}
+        owner["since"] = datetime.datetime.now().isoformat(" ", "seconds")
         try:
-            lock.acquire(blocking=False)
-        except filelock.Timeout as error:
+            if lease:
+                lease.acquire(owner)
+            else:
+                lock.acquire(blocking=False)
+        except (filelock.Timeout, FileExistsError) as error:
             raise ConfigError(f"--workdir={workdir}: {_owner(workdir)}. End that run first, or use another") from error
         except NotImplementedError:
             log.warning("--workdir=%s: its file system has no locks; make sure that no other run uses it", workdir)
-        owner = {"process": os.getpid(), "host": socket.gethostname(), "token": uuid.uuid4().hex}
-        owner["since"] = datetime.datetime.now().isoformat(" ", "seconds")
-        write_atomically(workdir / OWNER, json.dumps(owner))
+        if not lease:
+            write_atomically(workdir / OWNER, json.dumps(owner))
         return owner["token"]
 
     try:
         _check_is_shared(workdir, agreed(take))
-        yield
+        yield lease.check if lease else lambda: None
     finally:
         lock.release()
 

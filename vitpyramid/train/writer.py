@@ -3,24 +3,92 @@
 import json
 import logging
 import math
+import threading
 import uuid
 from pathlib import Path
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX import SummaryWriter, record_writer
 
-from vitpyramid.files import write_atomically
+from vitpyramid.files import in_bucket, write_atomically
 
 log = logging.getLogger(__name__)
 
 _UNREADABLE = {"step": math.inf}
 _EVALUATION = "eval/"  # begins the names of an evaluation's metrics
+_PAUSE = 5.0  # seconds between two writings of an object; a bucket takes one a second
+
+
+class GrowingObject:
+    """A file in a bucket that is written to at its end. Objects cannot grow: it is written anew, in the background."""
+
+    def __init__(self, path: str, content: bytes = b""):
+        self._path, self._content, self._written = path, bytearray(content), len(content)
+        self._writing, self._changed, self._closed = threading.Lock(), threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._write_changes, daemon=True)
+        self._thread.start()
+
+    def write(self, data: bytes) -> None:
+        """Adds to the end."""
+        self._content += data
+
+    def flush(self) -> None:
+        """Has what was added written soon."""
+        self._changed.set()
+
+    def sync(self) -> None:
+        """Waits until all is written. Raises `OSError` if it cannot be."""
+        with self._writing:
+            if self._written < len(self._content):
+                content = bytes(self._content)
+                write_atomically(self._path, content)
+                self._written = len(content)
+
+    def close(self) -> None:
+        """The last `sync`."""
+        self._closed.set()
+        self._changed.set()
+        self._thread.join()
+        self.sync()
+
+    def _write_changes(self) -> None:
+        while not self._closed.is_set():
+            self._changed.wait()
+            self._changed.clear()
+            try:
+                self.sync()
+            except OSError as error:
+                log.warning("not written yet: %s", error)
+            self._closed.wait(_PAUSE)
+
+
+class _Events(GrowingObject):
+    """A file of TensorBoard events, which a run can do without."""
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except OSError as error:
+            log.warning("the last events are missing: %s", error)
+
+
+class _EventFiles:
+    """Where tensorboardX has the files of buckets from. Its own are written where the training step waits for them."""
+
+    open = _Events
+
+    def directory_check(self, path: str) -> None:
+        """There are no folders in buckets."""
+
+
+record_writer.register_writer_factory("gs", _EventFiles())
 
 
 class MetricWriter:
     """Scalars to `WORKDIR/tensorboard` and `WORKDIR/metrics.jsonl`.
 
     What an earlier run wrote for steps after `start_step` is dropped: those steps are about to be taken again.
+    In a bucket both are written in the background; `sync` waits for the lines.
 
     Attributes:
       evaluations: the metrics of each evaluation by its step, those of earlier runs included.
@@ -28,7 +96,7 @@ class MetricWriter:
 
     def __init__(self, workdir: Path, start_step: int):
         path = workdir / "metrics.jsonl"
-        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        lines = path.read_bytes().decode(errors="replace").splitlines() if path.exists() else []
         records = [_parse(line) for line in lines]
         kept = [record for record in records if record["step"] <= start_step]
         self.evaluations = {record["step"]: metrics for record in kept if (metrics := _strip(record))}
@@ -39,15 +107,16 @@ class MetricWriter:
             damaged = path.with_name(f"metrics.damaged-{uuid.uuid4().hex[:8]}.jsonl")
             damaged.write_bytes(path.read_bytes())
             log.warning("%s has lines that cannot be read; it is kept as %s", path, damaged.name)
-        write_atomically(path, "".join(f"{json.dumps(record)}\n" for record in kept))
-        self._lines = path.open("a")
+        content = "".join(f"{json.dumps(record)}\n" for record in kept).encode()
+        write_atomically(path, content)
+        self._lines = GrowingObject(str(path), content) if in_bucket(path) else path.open("ab")
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1 if start_step else None)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Writes scalars of one step, to be seen at once."""
         if not self._active:
             return
-        self._lines.write(json.dumps({"step": step, **scalars}) + "\n")
+        self._lines.write(f"{json.dumps({'step': step, **scalars})}\n".encode())
         self._lines.flush()
         for name, value in scalars.items():
             self._events.add_scalar(name, value, step)
@@ -57,6 +126,11 @@ class MetricWriter:
         """Writes the metrics of an evaluation."""
         self.evaluations[step] = metrics
         self.write(step, {_EVALUATION + name: value for name, value in metrics.items()})
+
+    def sync(self) -> None:
+        """Waits until the lines are where the next run finds them. Raises `OSError` if they cannot be written."""
+        if self._active and isinstance(self._lines, GrowingObject):
+            self._lines.sync()
 
     def close(self) -> None:
         """Closes the files."""

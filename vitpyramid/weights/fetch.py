@@ -1,4 +1,4 @@
-"""Files of weights from a path, from the Hugging Face hub or from the web.
+"""Files of weights from a path, from a bucket, from the Hugging Face hub or from the web.
 
 Downloads are written out here because libraries for them start anew after an interruption (pooch), or ask for the rest
 without making sure that the server's file is still the same (huggingface_hub, for other servers than its own).
@@ -19,6 +19,7 @@ import platformdirs
 import requests
 from tqdm import tqdm
 
+from vitpyramid.files import as_path, bucket_files, in_bucket, in_one_line, reach
 from vitpyramid.weights.reader import INDEX, parts
 
 # What Hugging Face's libraries write, the better first; large ones in parts, with an index.
@@ -38,21 +39,23 @@ def fetch(source: str | Path, cache: Path | None = None) -> Path:
     Args:
       source: one of
         a path, which is returned as it is, `~` expanded;
+        `gs://bucket/name`: a folder is returned as it is, a file is downloaded unless its version is in the cache;
         `hf://owner/repo[/file][@revision]`, through huggingface_hub and its cache; without `file`, the first of
         `HUB_FILES`, else the only .safetensors, .bin or .pth file at the top of the repository; of an index, the path
         beside which its parts are;
         `https://...`, optionally with `#sha256=` and 64 hexadecimal digits. Without them, a name that ends in `-` and
         at least 8 such digits, as in `deit_tiny-a1311bcf.pth`, gives the first digits of the file's SHA-256
         (torch.hub's convention). `http://` is for this machine, or with `#sha256=`.
-      cache: folder of files from the web; None: `weights` in the user's cache folder. What is in it is not downloaded
-        again, and a download that was interrupted goes on where it stopped unless the server's file has changed.
+      cache: folder of files from the web and from buckets; None: `weights` in the user's cache folder. What is in it
+        is not downloaded again, and a download from the web that was interrupted goes on where it stopped unless the
+        server's file has changed.
 
     Returns:
       A path that exists.
 
     Raises:
       ValueError: `source` is of another kind, the file has another SHA-256 or is a web page, no file can be chosen in
-        the repository, or huggingface_hub is not installed.
+        the repository, or huggingface_hub or gcsfs is not installed.
       OSError: nothing there, or no connection, or no space. A file that was in the cache is still there.
     """
     text = os.fspath(source)
@@ -66,15 +69,48 @@ def fetch(source: str | Path, cache: Path | None = None) -> Path:
         return path
     if scheme == "hf":
         return _from_hub(text)
+    cache = cache or Path(platformdirs.user_cache_dir("vitpyramid")) / "weights"
     if scheme in ("http", "https"):
-        return _from_web(text, cache or Path(platformdirs.user_cache_dir("vitpyramid")) / "weights")
-    raise ValueError(f"{text}: expected a path, hf://owner/repo[/file][@revision] or https://...")
+        return _from_web(text, cache)
+    if in_bucket(text):
+        return _from_bucket(text, cache)
+    raise ValueError(f"{text}: expected a path, gs://bucket/name, hf://owner/repo[/file][@revision] or https://...")
 
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _from_bucket(source: str, cache: Path) -> Path:
+    path = as_path(source)
+    reach(path)
+    try:
+        with in_one_line(source):
+            if path.is_dir():
+                return path
+            version = bucket_files().info(source)["generation"]
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{source}: no such file or folder") from error
+    folder = cache / hashlib.sha256(f"{path.parent}".encode()).hexdigest()[:16] / version
+    local = folder / path.name
+    folder.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder / "lock"):
+        if not local.exists():
+            print(f"downloading {source} to {local}", file=sys.stderr)
+            _copy_from_bucket(source, local)
+        for part in parts(local) if path.name.endswith(INDEX) else ():
+            if not part.exists():
+                _copy_from_bucket(os.fspath(path.with_name(part.name)), part)
+    return local
+
+
+def _copy_from_bucket(source: str, local: Path) -> None:
+    part = local.with_name(f"{local.name}.part")
+    with in_one_line(source):
+        bucket_files().get_file(source, os.fspath(part))
+    part.replace(local)
 
 
 def _from_hub(source: str) -> Path:

@@ -24,7 +24,8 @@ def load_pretrained(
 
     Args:
       path_or_dir: a folder that `vitpyramid.tools.convert` made; a work directory of `main.py`, of which the newest
-        checkpoint is taken; a PyTorch or safetensors file; `hf://owner/repo[/file]`; `https://...`.
+        checkpoint is taken; a PyTorch or safetensors file; any of these at `gs://...`; `hf://owner/repo[/file]`;
+        `https://...`.
       name: of the model, one of `list_models()`; None: as the folder says, or recognised by the file's keys and shapes.
       weights: "ema", "raw", or "auto": the moving average where a folder has one or a file has `state_dict_ema`.
       num_classes: None: as the weights have; another number than theirs: the head is initialised anew.

@@ -1,8 +1,8 @@
 """The format of a checkpoint: what training leaves in its work directory, and folders of converted weights.
 
-Both have checkpoints in `FOLDER/checkpoints/STEP`, written under a temporary name and renamed when complete, so that a
-half-written one is never picked up. Each has an item `state`, arrays (`step`, `params`, `model_state`, `opt_state`,
-`ema`), and an item `meta`, JSON:
+Both have checkpoints in `FOLDER/checkpoints/STEP`, written under a temporary name and renamed when complete, or in a
+bucket marked when complete, so that a half-written one is never picked up. Each has an item `state`, arrays (`step`,
+`params`, `model_state`, `opt_state`, `ema`), and an item `meta`, JSON:
 
     network       {"name", "num_classes", "image_size", "scan"}: what `create_model` needs
     ema           whether `state` has a moving average of the weights
@@ -24,6 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
+from vitpyramid.files import in_bucket
 from vitpyramid.models.registry import create_model
 from vitpyramid.models.stack import unstack_blocks
 from vitpyramid.weights import intact
@@ -58,8 +59,10 @@ def open_checkpoints(
       read_only: nothing is made or cleaned up.
       background: files are written while the program goes on, from a copy of the arrays.
     """
-    checkpoints = (folder / FOLDER).absolute()
-    finished = ocp.AsyncOptions(post_finalization_callback=functools.partial(_seal_written, checkpoints))
+    # epath's `absolute` puts the current folder before a bucket's name.
+    checkpoints = folder / FOLDER if in_bucket(folder) else (folder / FOLDER).absolute()
+    # Orbax calls this between the writing of the last file and the final name.
+    finished = ocp.AsyncOptions(post_finalization_callback=functools.partial(intact.seal_written, checkpoints))
     options = ocp.CheckpointManagerOptions(
         preservation_policy=ocp.checkpoint_managers.LatestN(keep) if keep else None,
         create=not read_only,
@@ -82,20 +85,14 @@ def open_checkpoints(
     return ocp.CheckpointManager(checkpoints, options=options, item_handlers=handlers)
 
 
-def _seal_written(checkpoints: Path) -> None:
-    """Seals the step that is complete and about to get its final name: Orbax calls this in between."""
-    for folder in checkpoints.glob("*.orbax-checkpoint-tmp*"):
-        intact.seal(folder)
-
-
 def save(manager: ocp.CheckpointManager, step: int, state: Any, meta: dict) -> None:
     """Saves a step; with `background`, begins to.
 
     Raises:
       OSError: it, or the one before in the background, cannot be written.
     """
-    needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(manager.directory).free
-    if needed > free:
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    if not in_bucket(manager.directory) and needed > (free := shutil.disk_usage(manager.directory).free):
         space = f"{needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
         raise OSError(f"{manager.directory}: expected space for the checkpoint of step {step}, {space}")
     with _saving(manager):
