@@ -137,8 +137,8 @@ def _join_processes() -> None:
 
 def _log_to(stream: TextIO) -> None:
     """The package's messages as plain lines, from the first process only; warnings of everything from all."""
-    first = jax.process_index() == 0  # JAX looks for devices here, and tells of kinds that it does not find
     absl_logging.set_verbosity(absl_logging.WARNING)
+    first = jax.process_index() == 0  # JAX looks for devices here, and tells of kinds that it does not find
     logging.basicConfig(format="%(message)s", stream=stream, force=True)
     log.setLevel(logging.INFO if first else logging.WARNING)
 

@@ -86,10 +86,10 @@ def two_steps(devices, fsdp, family="pvt"):
 
 @pytest.mark.parametrize(
     ("family", "devices", "fsdp"),
-    [("pvt", 2, 1), ("pvt", 8, 8), ("pit", 8, 2), ("t2t_vit", 8, 2), ("rest", 8, 2)],
+    [("pvt", 8, 8), ("rest", 8, 2)],
 )
 def test_any_mesh_takes_the_same_step(family, devices, fsdp):
-    """With dropout and, in ResT, batch norm over the whole batch."""
+    """With dropout and, in ResT, batch norm over the whole batch. PiT and T2T-ViT have nothing else that rows share."""
     _, start, _ = step_zero(family)
     expected, expected_states, _ = two_steps(1, 1, family)
     seen, states, _ = two_steps(devices, fsdp, family)

@@ -100,6 +100,8 @@ class Lease:
         from google.api_core.exceptions import PreconditionFailed
 
         with self._writing:
+            if self._lost:  # found out by the other thread: the generation is the new owner's
+                return
             blob = self._blob()
             content = json.dumps(self._owner | {"beat": time.time()})
             try:
@@ -107,8 +109,8 @@ class Lease:
                 self._generation = blob.generation
             except PreconditionFailed:
                 # It may have been this run's own writing, whose answer was lost.
-                self._lost = self._token() != self._owner["token"]
                 self._generation = self._look(self._blob())
+                self._lost = self._token() != self._owner["token"]
 
     def _blob(self):
         bucket, _, name = os.fspath(self._path).removeprefix(BUCKET).partition("/")

@@ -26,7 +26,7 @@ def profiled(config: ConfigDict, folder: Path) -> Iterator[Callable]:
 
     def before_step(taken: int, state) -> None:
         nonlocal tracing
-        if config.steps and taken == config.start:
+        if taken == config.start and config.steps:
             jax.block_until_ready(state)
             jax.profiler.start_trace(local.name if local else str(folder))
             tracing = True
