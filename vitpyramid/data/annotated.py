@@ -6,8 +6,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from vitpyramid.data.annotations import Example
+from vitpyramid.data.boxes import open_prepared_boxes
+from vitpyramid.data.coco import open_coco
+from vitpyramid.data.label_maps import open_label_maps
 from vitpyramid.data.scenes import open_scenes
 from vitpyramid.files import as_path, reach
+
+_LABEL_MAPS = ("ade20k", "label_maps")
 
 
 class AnnotatedRecords(Protocol):
@@ -82,8 +87,11 @@ def open_annotated(data_config, split: str, task: str, training: bool = False) -
 
     Args:
       data_config: `config.data`; reads `name`, which is one of
-        "scenes": composed of scikit-learn's digits, see `vitpyramid.data.scenes`.
-        Reads `data_dir`.
+        "coco": images and COCO's JSON, see `vitpyramid.data.coco`;
+        "ade20k", "label_maps": folders of images and of label maps, see `vitpyramid.data.label_maps`;
+        "scenes": composed of scikit-learn's digits, see `vitpyramid.data.scenes`;
+        any other: the name of a TFDS builder with boxes, such as "coco/2017".
+        Reads `data_dir`, `on_corrupt`, and in training, where there are boxes, `masks` and `max_boxes`.
       split: a split, sub-splits included: "train", "train[:99%]", "validation".
       task: "detect" or "segment".
       training: images that mmdetection does not train on are left out; a line is logged for each kind of annotation
@@ -97,7 +105,21 @@ def open_annotated(data_config, split: str, task: str, training: bool = False) -
         reach(as_path(data_config.data_dir))
     except (ValueError, OSError) as error:
         raise ValueError(f"data.data_dir: {error}") from error
-    records, categories, category_ids = open_scenes(split, task)
+    if (name in _LABEL_MAPS) != (task == "segment") and name != "scenes":
+        kinds = {
+            "detect": "boxes: 'coco', 'scenes' or a TFDS builder",
+            "segment": "label maps: 'ade20k', 'label_maps' or 'scenes'",
+        }
+        raise ValueError(f"data.name = {name!r}: expected for task {task!r} a data set with {kinds[task]}.")
+    if name == "scenes":
+        opened = open_scenes(data_config, split, task, training)
+    elif name == "coco":
+        opened = open_coco(data_config, split, training)
+    elif name in _LABEL_MAPS:
+        opened = open_label_maps(data_config, split)
+    else:
+        opened = open_prepared_boxes(data_config, split, training)
+    records, categories, category_ids = opened
     if len(records) == 0:
         raise ValueError(f"data.train_split / data.eval_split: the split {split!r} of {name!r} is empty.")
     return Annotated(name, split, task, categories, category_ids, records)

@@ -64,26 +64,6 @@ class Findings:
             log.warning("%s: %d %s: %s%s", self._name, count, kind, places, f" and {more} more" if more else "")
 
 
-def unusable(box: np.ndarray, area: float, height: int, width: int) -> str | None:
-    """Why a box teaches nothing, as mmdetection's `CocoDataset._parse_ann_info` decides; None if it does.
-
-    Args:
-      box: x, y, width, height in pixels, as COCO has it.
-      area: of the object, as the annotation states it.
-      height, width: of the image.
-    """
-    if not np.isfinite([*box, area]).all():
-        return "boxes that are no numbers; left out"
-    x, y, w, h = box
-    if min(x + w, width) <= max(x, 0) or min(y + h, height) <= max(y, 0):
-        return "boxes outside of the image, or without area; left out"
-    if area <= 0:
-        return "objects without area; left out"
-    if w < 1 or h < 1:
-        return "boxes less than a pixel wide or high; left out"
-    return None
-
-
 def run_lengths(segmentation: Segmentation, height: int, width: int) -> dict:
     """COCO's compressed run-length encoding of a mask.
 

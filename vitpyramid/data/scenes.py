@@ -127,10 +127,13 @@ class SceneRecords:
         return np.clip(pixels, 0, 255).astype(np.uint8), [layer for layer, _ in layers], np.array(labels, np.int64)
 
 
-def open_scenes(split: str, task: str) -> tuple[SceneRecords, tuple[str, ...], tuple[int, ...]]:
+def open_scenes(
+    data_config, split: str, task: str, training: bool
+) -> tuple[SceneRecords, tuple[str, ...], tuple[int, ...]]:
     """Opens scenes; the same ones on every call.
 
     Args:
+      data_config: `config.data`; in training for "detect" reads `max_boxes`.
       split: "train", "test", and parts of them in TFDS's syntax.
       task: "detect" gives boxes and masks, "segment" label maps, with a class for the ground before the digits'.
 
@@ -138,8 +141,10 @@ def open_scenes(split: str, task: str) -> tuple[SceneRecords, tuple[str, ...], t
       The records, names of the classes, and their ids.
 
     Raises:
-      ValueError: no such split, or scenes of both splits at once.
+      ValueError: no such split, scenes of both splits at once, or more digits than `max_boxes`.
     """
+    if training and task == "detect" and data_config.max_boxes < _MOST:
+        raise ValueError(f"data.max_boxes: {data_config.max_boxes}: expected {_MOST} or more, as scenes have.")
     ranges = split_ranges("scenes", split, SIZES)
     names = {name for name, _ in ranges}
     if len(names) > 1:
