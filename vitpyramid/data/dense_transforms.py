@@ -96,7 +96,7 @@ def _detr_size(height: int, width: int, short: int, long: int) -> Size:
         short = round(long * smaller / larger)
     if smaller == short:
         return height, width
-    return (short, int(short * width / height)) if width < height else (int(short * height / width), short)
+    return (int(short * height / width), short) if width < height else (short, int(short * width / height))
 
 
 def resize_image(image: np.ndarray, size: Size, interpolation: str) -> np.ndarray:
