@@ -1,5 +1,7 @@
 """vitpyramid.data.scenes, label_maps and boxes: what other kinds of sources give."""
 
+import pickle
+
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -26,6 +28,7 @@ def test_a_scene_is_a_function_of_split_and_number():
     scenes, again, part = (opened("scenes", split, "detect") for split in ("train", "train", "train[100:]"))
     assert len(scenes) == SIZES["train"] and scenes.categories == CATEGORIES and scenes.category_ids[0] == 1
     assert scenes[100].image == again[100].image == part[0].image and part.ids[0] == 100
+    assert pickle.loads(pickle.dumps(scenes))[100].image == part[0].image  # as data workers get it
     assert scenes[0].image != opened("scenes", "test", "detect")[0].image
 
 
