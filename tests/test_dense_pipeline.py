@@ -51,23 +51,23 @@ def test_boxes_and_masks_stay_on_the_object(interpolation):
 
 
 def test_each_example_comes_once_in_an_epoch_and_batches_have_one_canvas():
-    batches = take(make_train(dense_config(), rectangles(13)), 13 * 4)
+    batches = take(make_train(dense_config(), rectangles(40)), 40)
     shapes = [batch["image"].shape[1:3] for batch in batches]
     assert len(set(shapes)) == 2 and len(set(shapes[:6])) == 2  # mixed, not one after the other
-    # Up to 3 examples of either canvas wait at the end, of 16 permutations.
-    counts = np.bincount(epochs(batches, 4).ravel(), minlength=13)
-    assert counts.sum() == 208 and counts.min() >= 15 and counts.max() <= 17
+    # Up to 3 examples of either canvas wait at the end, of 4 permutations.
+    counts = np.bincount(epochs(batches, 4).ravel(), minlength=40)
+    assert counts.sum() == 160 and counts.min() >= 3 and counts.max() <= 5
     for shape in set(shapes):
         of_shape = np.concatenate([b["labels"][:, 0] for b, s in zip(batches, shapes, strict=True) if s == shape])
         members = np.unique(of_shape)
         whole = of_shape[: len(of_shape) // len(members) * len(members)].reshape(-1, len(members))
-        assert all(sorted(epoch) == list(members) for epoch in whole) and len({tuple(epoch) for epoch in whole}) > 10
+        assert all(sorted(epoch) == list(members) for epoch in whole) and len({tuple(epoch) for epoch in whole}) >= 3
 
 
 def test_resumed_and_on_more_hosts_it_is_the_same_stream():
-    config, source = dense_config(), rectangles(13)
-    straight = take(make_train(config, source), 40)
-    for start in (1, 3, 17, 38):
+    config, source = dense_config(), rectangles(40)
+    straight = take(make_train(config, source), 24)
+    for start in (3, 11, 22):
         assert_same(take(make_train(config, source, start), 2), straight[start : start + 2])
     shares = [take(make_train(config, source, 5, host, 2), 9) for host in range(2)]
     assert_same(side_by_side(shares), straight[5:14])
@@ -81,9 +81,9 @@ def test_resumed_and_on_more_hosts_it_is_the_same_stream():
 def test_a_small_group_fills_a_batch_in_several_epochs():
     source = rectangles(6)
     source.examples = [source.examples[i] for i in (0, 2, 5, 1)]  # one portrait
-    batches = take(make_train(dense_config(), source), 16)
-    assert sum(batch["image"].shape[1:3] == (48, 32) for batch in batches) == 4
-    np.testing.assert_array_equal(np.bincount(epochs(batches, 4).ravel()), [16, 16, 16, 0, 0, 16])
+    batches = take(make_train(dense_config(), source), 4)
+    assert sum(batch["image"].shape[1:3] == (48, 32) for batch in batches) == 1
+    np.testing.assert_array_equal(np.bincount(epochs(batches, 4).ravel()), [4, 4, 4, 0, 0, 4])
 
 
 def test_eval_covers_every_example_once_and_one_canvas_after_the_other():
