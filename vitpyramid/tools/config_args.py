@@ -8,7 +8,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from vitpyramid.tasks import ConfigError
-from vitpyramid.train.config import flatten, nearest, validate
+from vitpyramid.train.config import find_config, flatten, nearest, reference, validate
 
 USAGE = "--config=FILE[:VARIANT] [--config.KEY=VALUE ...]"
 
@@ -32,7 +32,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
     if surplus:
         parser.error(f"unexpected arguments {surplus}")
     try:
-        validate(flag.value, flag.value, device_count=1, evaluation=True)
+        validate(flag.value, reference(), device_count=1, evaluation=True)
     except ConfigError as error:
         parser.error(str(error))
     return args, flag.value
@@ -47,6 +47,12 @@ def read_flags(values: flags.FlagValues, argv: list[str], others: Iterable[str] 
     Raises:
       ValueError: in a line, what is wrong, with the nearest names where one does not exist.
     """
+    argv = list(argv)
+    for place, arg in enumerate(argv):
+        if re.match("--?config=.", arg):
+            argv[place] = f"--config={find_config(arg.partition('=')[2])}"
+        elif arg in ("-config", "--config") and place + 1 < len(argv):
+            argv[place + 1] = find_config(argv[place + 1])
     try:
         rest = values(argv)
         if values["config"].value is not None:
