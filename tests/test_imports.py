@@ -16,7 +16,7 @@ ALLOWED = {
     "tasks": {"models", "data", "weights"},
     "train": {"tasks", "models", "data", "weights", "configs"},
     "tools": {"train", "tasks", "models", "data", "weights"},
-    "cli": {"__version__", "tools", "train", "tasks"},
+    "cli": {"tools", "train", "tasks", "configs"},
     "configs": set(),
     "progress": set(),
     "files": set(),
