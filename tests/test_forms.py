@@ -53,6 +53,13 @@ CASES = (
         )
     }
     | {
+        "mlp": (
+            lambda x, *params, dtype: token_forms.mlp_in_pieces(x, params[:2], params[2:], 3),
+            lambda x, *params, dtype: token_forms.mlp_at_once(x, params[:2], params[2:], 3),
+            ((2, 6, 5), (5, 7), (7,), (7, 5), (5,)),
+        )
+    }
+    | {
         f"attention {query} of {keys}": (
             lambda *inputs, dtype: token_forms.attention_tpu(*inputs, 0.7),
             lambda *inputs, dtype: token_forms.attention_products(*inputs, 0.7),
