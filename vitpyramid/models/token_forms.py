@@ -179,9 +179,9 @@ mlp_in_pieces.defvjp(lambda x, fc1, fc2, pieces: (mlp_in_pieces(x, fc1, fc2, pie
 def attention(query: jax.Array, key: jax.Array, value: jax.Array, scale: float) -> jax.Array:
     """`softmax(scale * query key^T) value` for each head, the softmax in at least float32.
 
-    A TPU spends most of it on moving weights `[N, M]`, not on products. Its form keeps them for the backward pass once,
-    in the dtype of `value` in which they were multiplied, and takes the sums that the softmax's gradient needs over
-    `d` instead of over keys.
+    A TPU spends most of it on moving weights `[N, M]`, not on products. Its form keeps the softmax's powers for the
+    backward pass, once, in the dtype of `value` in which they are multiplied. By their sums it divides the result, and
+    the sums of the softmax's gradient it takes over `d`: both instead of another pass over `[N, M]`.
 
     Args:
       query: `[B, N, heads, d]`.
