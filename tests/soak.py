@@ -47,7 +47,8 @@ class Run:
         changes = {**CHANGES, "data.data_dir": data_dir, "compile_cache": cache}
         command = [sys.executable, "main.py", f"--config=configs/quickstart.py:{family}", f"--workdir={workdir}"]
         command += [f"--config.{key}={value}" for key, value in changes.items()]
-        environment = {**os.environ, "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
+        flags = re.sub("--xla_force_host_platform_device_count=[0-9]+", "", os.environ.get("XLA_FLAGS", ""))
+        environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
             [*command, *args], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
@@ -101,14 +102,18 @@ def wait_for_a_save(workdir: Path, process: subprocess.Popen) -> None:
         time.sleep(0.0005)
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 def start(workdirs: list[Path], rest: tuple, family: str = "pvt") -> list[Run]:
     """The processes of one run, each with its work directory, which should be the same."""
     if len(workdirs) == 1:
         return [Run(workdirs[0], *rest, family=family)]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    flags = [f"--coordinator_address=localhost:{port}", f"--num_processes={len(workdirs)}"]
+    flags = [f"--coordinator_address=localhost:{free_port()}", f"--num_processes={len(workdirs)}"]
     return [Run(path, *rest, *flags, f"--process_id={i}", family=family) for i, path in enumerate(workdirs)]
 
 

@@ -119,6 +119,20 @@ def update_running(running_mean: nn.Variable, running_var: nn.Variable, mean, va
     running_var.value = 0.9 * running_var.value + 0.1 * var * (n / (n - 1))
 
 
+def batch_norm_variables(module: nn.Module, dim: int) -> tuple[jax.Array, jax.Array, nn.Variable, nn.Variable]:
+    """Scale, shift, running mean and running variance, `[dim]` each; called from a compact method of `module`."""
+    scale = module.param("scale", nn.initializers.ones, (dim,))
+    bias = module.param("bias", nn.initializers.zeros, (dim,))
+    mean = module.variable("batch_stats", "mean", jnp.zeros, (dim,))
+    return scale, bias, mean, module.variable("batch_stats", "var", jnp.ones, (dim,))
+
+
+def update_running(running_mean: nn.Variable, running_var: nn.Variable, mean, var, n: int) -> None:
+    """Takes the statistics of a batch, of `n` values a channel, into the running ones; `var` is the biased one."""
+    running_mean.value = 0.9 * running_mean.value + 0.1 * mean
+    running_var.value = 0.9 * running_var.value + 0.1 * var * (n / (n - 1))
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation as PyTorch has it, epsilon 1e-5, momentum 0.1.
 
