@@ -97,26 +97,13 @@ class Mlp(nn.Module):
         hidden = int(dim * self.ratio)
         fc1 = linear(hidden, self.dtype, "fc1", torch_init_from=dim if self.torch_init else None)
         fc2 = linear(dim, self.dtype, "fc2", torch_init_from=hidden if self.torch_init else None)
-        pieces = token_forms.mlp_pieces(x.shape[1], hidden) if x.dtype == self.dtype == jnp.bfloat16 else 1
-        if pieces > 1 and not self.drop_rate and not self.is_initializing():
+        whole = x.ndim != 3 or self.drop_rate or not x.dtype == self.dtype == jnp.bfloat16
+        pieces = 1 if whole else token_forms.mlp_pieces(x.shape[1], hidden)
+        if pieces > 1 and not self.is_initializing():
             params = ((fc.variables["params"]["kernel"], fc.variables["params"]["bias"]) for fc in (fc1, fc2))
             return token_forms.mlp(x, *params, pieces)
         x = nn.Dropout(self.drop_rate, deterministic=False)(token_forms.gelu(fc1(x)))
         return nn.Dropout(self.drop_rate, deterministic=False)(fc2(x))
-
-
-def batch_norm_variables(module: nn.Module, dim: int) -> tuple[jax.Array, jax.Array, nn.Variable, nn.Variable]:
-    """Scale, shift, running mean and running variance, `[dim]` each; called from a compact method of `module`."""
-    scale = module.param("scale", nn.initializers.ones, (dim,))
-    bias = module.param("bias", nn.initializers.zeros, (dim,))
-    mean = module.variable("batch_stats", "mean", jnp.zeros, (dim,))
-    return scale, bias, mean, module.variable("batch_stats", "var", jnp.ones, (dim,))
-
-
-def update_running(running_mean: nn.Variable, running_var: nn.Variable, mean, var, n: int) -> None:
-    """Takes the statistics of a batch, of `n` values a channel, into the running ones; `var` is the biased one."""
-    running_mean.value = 0.9 * running_mean.value + 0.1 * mean
-    running_var.value = 0.9 * running_var.value + 0.1 * var * (n / (n - 1))
 
 
 def batch_norm_variables(module: nn.Module, dim: int) -> tuple[jax.Array, jax.Array, nn.Variable, nn.Variable]:

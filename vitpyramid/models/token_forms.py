@@ -135,10 +135,16 @@ def mlp_at_once(x, fc1, fc2, pieces):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def mlp_in_pieces(x, fc1, fc2, pieces):
+    fc1, fc2 = _cast((fc1, fc2), x.dtype)
+
     def turn(i, out):
         return _put(out, linear(_value_and_slope(linear(_take(x, i, pieces), *fc1))[0], *fc2), i)
 
     return jax.lax.fori_loop(0, pieces, turn, jax.lax.empty(x.shape, x.dtype))
+
+
+def _cast(arrays, dtype):
+    return jax.tree.map(lambda array: array.astype(dtype), arrays)
 
 
 def _take(x, i, pieces):
@@ -152,25 +158,25 @@ def _put(x, piece, i):
 
 
 def _mlp_backward(pieces, stored, cotangent):
-    x, fc1, fc2 = stored
-    wide = at_least_float32(x.dtype)
+    x, *params = stored
+    (fc1, fc2), wide = _cast(params, x.dtype), at_least_float32(x.dtype)
 
     def turn(i, carry):
         of_x, sums = carry
         tokens, of_out = _take(x, i, pieces), _take(cotangent, i, pieces)
         hidden, slope = _value_and_slope(linear(tokens, *fc1))
-        of_hidden = jnp.einsum("bnc,dc->bnd", of_out, fc2[0].astype(x.dtype)) * slope
+        of_hidden = jnp.einsum("bnc,dc->bnd", of_out, fc2[0]) * slope
         products = [
             jnp.einsum("bnc,bnd->cd", *pair, preferred_element_type=wide)
             for pair in ((tokens, of_hidden), (hidden, of_out))
         ]
         biases = [of.sum((0, 1), dtype=wide) for of in (of_hidden, of_out)]
         sums = jax.tree.map(jnp.add, sums, tuple(zip(products, biases, strict=True)))
-        return _put(of_x, jnp.einsum("bnd,cd->bnc", of_hidden, fc1[0].astype(x.dtype)), i), sums
+        return _put(of_x, jnp.einsum("bnd,cd->bnc", of_hidden, fc1[0]), i), sums
 
     zeros = jax.tree.map(lambda array: jnp.zeros(array.shape, wide), (fc1, fc2))
     of_x, sums = jax.lax.fori_loop(0, pieces, turn, (jax.lax.empty(x.shape, x.dtype), zeros))
-    return of_x, *jax.tree.map(lambda of, array: of.astype(array.dtype), sums, (fc1, fc2))
+    return of_x, *jax.tree.map(lambda of, array: of.astype(array.dtype), sums, tuple(params))
 
 
 mlp_in_pieces.defvjp(lambda x, fc1, fc2, pieces: (mlp_in_pieces(x, fc1, fc2, pieces), (x, fc1, fc2)), _mlp_backward)
