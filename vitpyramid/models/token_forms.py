@@ -185,9 +185,9 @@ mlp_in_pieces.defvjp(lambda x, fc1, fc2, pieces: (mlp_in_pieces(x, fc1, fc2, pie
 def attention(query: jax.Array, key: jax.Array, value: jax.Array, scale: float) -> jax.Array:
     """`softmax(scale * query key^T) value` for each head, the softmax in at least float32.
 
-    A TPU spends most of it on moving weights `[N, M]`, not on products. Its form keeps the softmax's powers for the
-    backward pass, once, in the dtype of `value` in which they are multiplied. By their sums it divides the result, and
-    the sums of the softmax's gradient it takes over `d`: both instead of another pass over `[N, M]`.
+    A TPU spends most of it on moving weights `[N, M]`, not on products. Its form keeps them for the backward pass once,
+    in the dtype of `value` in which they were multiplied, and takes the sums that the softmax's gradient needs over
+    `d` instead of over keys.
 
     Args:
       query: `[B, N, heads, d]`.
@@ -220,24 +220,19 @@ def attention_tpu(query, key, value, scale):
 
 
 def _attended(query, key, value, scale):
-    logits = scaled_logits(query, key, scale)
-    powers = jnp.exp(logits - logits.max(-1, keepdims=True))
-    share = 1 / powers.sum(-1).swapaxes(1, 2)[..., None]  # [B, N, heads, 1]
-    powers = powers.astype(value.dtype)
-    out = jnp.einsum("bhnm,bmhd->bnhd", powers, value, preferred_element_type=share.dtype) * share
-    out = out.astype(value.dtype)
-    return out, (query, key, value, powers, share, out)
+    weights = attention_weights(query, key, scale).astype(value.dtype)
+    out = jnp.einsum("bhnm,bmhd->bnhd", weights, value)
+    return out, (query, key, value, weights, out)
 
 
 def _attended_backward(scale, stored, cotangent):
-    query, key, value, powers, share, out = stored
-    cotangent = cotangent * share
+    query, key, value, weights, out = stored
+    wide = at_least_float32(query.dtype)
     # Of each row of weights times their cotangents, without a pass over those.
-    level = (cotangent * out).sum(-1).swapaxes(1, 2)[..., None]
-    cotangent = cotangent.astype(value.dtype)
-    of_value = jnp.einsum("bhnm,bnhd->bmhd", powers, cotangent)
-    of_weights = jnp.einsum("bnhd,bmhd->bhnm", cotangent, value, preferred_element_type=share.dtype)
-    of_logits = (powers * (of_weights - level) * scale).astype(query.dtype)
+    level = (cotangent.astype(wide) * out).sum(-1).swapaxes(1, 2)[..., None]
+    of_value = jnp.einsum("bhnm,bnhd->bmhd", weights, cotangent)
+    of_weights = jnp.einsum("bnhd,bmhd->bhnm", cotangent, value, preferred_element_type=wide)
+    of_logits = (weights * (of_weights - level) * scale).astype(query.dtype)
     of_query = jnp.einsum("bhnm,bmhd->bnhd", of_logits, key)
     of_key = jnp.einsum("bhnm,bnhd->bmhd", of_logits, query)
     return of_query, of_key, of_value
