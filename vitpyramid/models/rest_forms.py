@@ -117,9 +117,14 @@ def folded_convolution(x: jax.Array, kernel: jax.Array, stride: int, fold: Pair,
 
 def mixed_weights(query, key, mixing, bias) -> jax.Array:
     """Attention maps of `mixed_attention`, `[B, heads, N, M]`, at least float32."""
+    return instance_norm(mixed_softmax(query, key, mixing, bias))
+
+
+def mixed_softmax(query, key, mixing, bias) -> jax.Array:
+    """The same before they are normalised: rows sum to 1."""
     logits = jnp.einsum("bnhd,bmhd->bhnm", query, key, preferred_element_type=at_least_float32(query.dtype))
     logits = jnp.einsum("bhnm,hg->bgnm", logits * query.shape[-1] ** -0.5, mixing) + bias[:, None, None]
-    return instance_norm(jax.nn.softmax(logits))
+    return jax.nn.softmax(logits)
 
 
 def instance_norm(x: jax.Array) -> jax.Array:
