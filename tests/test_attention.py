@@ -173,8 +173,7 @@ def test_what_cannot_be_told_apart_is_refused():
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights") / "pvt"
-    model = create_model("pvt_micro")
-    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    variables = random_variables(create_model("pvt_micro"))
     write_weights(folder, {"name": "pvt_micro", "num_classes": 10, "image_size": 32}, variables)
     return folder
 

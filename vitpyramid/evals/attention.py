@@ -1,6 +1,6 @@
 """Attention maps of any network, and what is read off them: entropy, distance, rollout.
 
-Entropy and distance are PiT's analysis (Heo et al., arXiv 2103.16302, on the attention of ViT and PiT), which gives them
+Entropy and distance are PiT's analysis (Heo et al., arXiv 2103.16302, on attention in ViT and PiT), which gives them
 in words; three things are our choice: natural logarithms, the L1 norm, and that rows are divided by what is left of
 them once class tokens are taken off. Rollout is Abnar and Zuidema's (arXiv 2005.00928), carried over the
 places where a pyramid changes its tokens.
