@@ -13,7 +13,8 @@ from vitpyramid.data.augment import Size, height_width
 from vitpyramid.models.backbone import Backbone, Variant
 from vitpyramid.models.registry import get_variant
 from vitpyramid.tasks.prepare import normalise
-from vitpyramid.tools.predict import evaluation_of, find_images, name_of, read_image
+from vitpyramid.tools.predict import find_images, name_of
+from vitpyramid.tools.preprocess import evaluation_of, read_image
 from vitpyramid.tools.summary import image_size
 from vitpyramid.weights import load_pretrained
 
