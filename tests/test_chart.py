@@ -36,6 +36,7 @@ def test_points_have_names_and_an_axis_may_be_logarithmic():
 def test_ticks_are_round_and_enclose():
     assert chart.ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1]
     assert chart.ticks(0.31, 97) == [0, 20, 40, 60, 80, 100]
+    assert chart.ticks(1, 3, least=1.0) == [1, 2, 3]
     assert chart.ticks(2, 2)[0] < 2 < chart.ticks(2, 2)[-1]
 
 

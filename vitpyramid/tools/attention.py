@@ -73,7 +73,7 @@ def maps_picture(
     captions = ["image"]
     for found in maps:
         tiles.append(chart.overlay(image, np.asarray(query_map(found, point)[0].mean(0))))
-        captions.append(f"{short(found.path)} ({found.kind})")
+        captions.append(f"{len(captions)}: {stage_name(found.stage)}, {found.kind}")
     tiles.append(chart.overlay(image, np.asarray(rollout(tuple(maps))[0])))
     return sheet(title, np.stack(tiles), [*captions, "rollout"])
 
@@ -104,25 +104,14 @@ def layers_chart(layers: list[dict]) -> Image.Image:
     for key, title in (("entropy", "entropy of attention, nats"), ("distance", "distance of attention, image sides")):
         series: dict[str, list] = {}
         for number, layer in enumerate(layers, start=1):
-            name = f"stage {layer['stage']}" if layer["stage"] else "before stage 1"
-            series.setdefault(name, []).append((number, float(np.mean(layer[key]))))
+            series.setdefault(stage_name(layer["stage"]), []).append((number, float(np.mean(layer[key]))))
         charts.append(chart.lines(title, series, "layer"))
-    return beside(charts)
+    return chart.beside(charts)
 
 
-def beside(pages: Sequence[Image.Image]) -> Image.Image:
-    """Pages next to one another."""
-    whole = Image.new("RGB", (sum(page.width for page in pages), max(page.height for page in pages)), "white")
-    left = 0
-    for page in pages:
-        whole.paste(page, (left, 0))
-        left += page.width
-    return whole
-
-
-def short(path: str) -> str:
-    """A layer's path without what all have."""
-    return path.removesuffix("/attn").replace("transformers_", "stage ").replace("/blocks_", ", block ")
+def stage_name(stage: int) -> str:
+    """As pictures have it."""
+    return f"stage {stage}" if stage else "tokens-to-token"
 
 
 def command(args: argparse.Namespace) -> None:

@@ -50,7 +50,10 @@ def lines(
     scale = math.log10 if log_x else float
     xs = [scale(x) for found in series.values() for x, _ in found] or [0.0, 1.0]
     ys = [y for found in series.values() for _, y in found] or [0.0, 1.0]
-    x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
+    x_ticks, y_ticks = (
+        ticks(min(values), max(values), least=float(all(value == int(value) for value in values)))
+        for values in (xs, ys)
+    )
     x_low, x_high = min(x_ticks[0], *xs), max(x_ticks[-1], *xs)
     y_low, y_high = min(y_ticks[0], *ys), max(y_ticks[-1], *ys)
 
@@ -96,12 +99,26 @@ def _legend(draw, font, names: list[str], right: float, top: float) -> None:
         draw.text((left + 25 * _FINE, y), name, "black", font, anchor="lm")
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers, 1, 2 or 5 times a power of 10 apart, of which the outer two enclose low and high."""
+def beside(pages: Sequence[Image.Image]) -> Image.Image:
+    """Pages next to one another."""
+    whole = Image.new("RGB", (sum(page.width for page in pages), max(page.height for page in pages)), "white")
+    left = 0
+    for page in pages:
+        whole.paste(page, (left, 0))
+        left += page.width
+    return whole
+
+
+def ticks(low: float, high: float, count: int = 5, least: float = 0.0) -> list[float]:
+    """About `count` round numbers, 1, 2 or 5 times a power of 10 apart, of which the outer two enclose low and high.
+
+    `least`: between two of them; 1 for values that are whole numbers.
+    """
     if high <= low:
         low, high = low - 0.5, high + 0.5
     step = 10 ** math.floor(math.log10((high - low) / count))
     step *= next(factor for factor in (1, 2, 5, 10) if factor * step * count >= (high - low) * 0.999)
+    step = max(step, least)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(i * step, 12) for i in range(first, last + 1)]
 

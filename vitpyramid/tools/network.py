@@ -75,8 +75,13 @@ def read_images(network: Network, names: list[str]) -> tuple[list[Path], np.ndar
 
 
 def add_arguments(parser: argparse.ArgumentParser, out: str) -> None:
-    """The arguments that say which network and which images, and `--out`, the picture."""
+    """The arguments that say which images and which network, and `--out`, the picture."""
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="file, or folder with images at any depth")
+    add_weights_arguments(parser, out)
+
+
+def add_weights_arguments(parser: argparse.ArgumentParser, out: str) -> None:
+    """Those without the images."""
     parser.add_argument(
         "--checkpoint",
         required=True,
