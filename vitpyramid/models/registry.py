@@ -44,8 +44,8 @@ def get_variant(name: str) -> Variant:
 def _suggestion(name: str) -> str:
     """What to say of a name or pattern that fits nothing: the nearest names, whatever their case and separators."""
     plain = {_plain(known): known for known in VARIANTS}
-    near = [plain[match] for match in fnmatch.filter(plain, f"{_plain(name)}*")[:3]] if _plain(name) else []
-    near = near or [plain[match] for match in difflib.get_close_matches(_plain(name), plain, n=3)]
+    alike = fnmatch.filter(plain, f"{_plain(name)}*")[:3] if any(map(str.isalnum, name)) else []
+    near = [plain[match] for match in alike or difflib.get_close_matches(_plain(name), plain, n=3)]
     return "expected one of list_models()" + (f", such as {', '.join(near)}" if near else "")
 
 
