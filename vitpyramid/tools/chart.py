@@ -138,3 +138,17 @@ def overlay(image: np.ndarray, values: np.ndarray, strength: float = 0.6) -> np.
     colours = Image.fromarray(heat(values)).resize((width, height), Image.Resampling.NEAREST)
     grey = Image.fromarray(image).convert("L").convert("RGB")
     return np.asarray(Image.blend(grey, colours, strength))
+
+
+def history(records: Sequence[Mapping[str, float]]) -> Image.Image:
+    """Loss and top-1 of a run by step, from the records that `vitpyramid.train` gives to a callback and returns."""
+
+    def curve(key: str) -> list[tuple[float, float]]:
+        return [(record["step"], record[key]) for record in records if key in record]
+
+    charts = []
+    for title, key, factor in (("loss", "loss", 1), ("top-1, %", "top1", 100)):
+        series = {"training": curve(f"train/{key}"), "evaluation": curve(f"eval/{key}")}
+        scaled = {name: [(x, factor * y) for x, y in found] for name, found in series.items()}
+        charts.append(lines(title, scaled, "step"))
+    return beside(charts)
