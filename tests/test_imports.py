@@ -17,7 +17,7 @@ ALLOWED = {
     "train": {"tasks", "models", "data", "weights", "configs"},
     "evals": {"tasks", "models", "data", "weights"},
     "tools": {"evals", "train", "tasks", "models", "data", "weights"},
-    "cli": {"__version__", "tools", "train", "tasks"},
+    "cli": {"tools", "train", "tasks", "configs"},
     "configs": set(),
     "progress": set(),
     "files": set(),

@@ -23,6 +23,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 import vitpyramid
+from vitpyramid import configs
 from vitpyramid.tasks import ConfigError, make_task
 from vitpyramid.tools import chips, preflight, report
 from vitpyramid.tools.config_args import read_flags
@@ -157,7 +158,7 @@ def _log_to(stream: TextIO) -> None:
 def _parse_flags(argv: list[str]) -> list[str]:
     """The flags, with the default config; ends with one line where they make no sense."""
     if not any(arg.lstrip("-").split("=")[0] == "config" for arg in argv):
-        argv = [argv[0], "--config=configs/quickstart.py", *argv[1:]]
+        argv = [argv[0], f"--config={Path(configs.__path__[0]) / 'quickstart.py'}", *argv[1:]]
     try:
         return read_flags(FLAGS, argv)
     except ValueError as error:

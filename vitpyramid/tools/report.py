@@ -233,12 +233,12 @@ def confusion_picture(confusion: np.ndarray, names: list[str]) -> Image.Image:
         colour = "white" if shares[row, column] > 0.5 else "black"
         centre = (column + 0.5) * cell, (row + 0.5) * cell
         draw.text(centre, str(confusion[row, column]), colour, font, anchor="mm")
-    edge = int(max(font.getlength(_printable(name)) for name in names)) + 8
+    edge = int(max(font.getlength(preview.printable(name)) for name in names)) + 8
     page = Image.new("RGB", (edge + count * cell + 1, edge + count * cell + 1), "white")
     page.paste(picture, (edge, edge))
     for place, name in enumerate(names):
         label = Image.new("RGB", (edge, cell), "white")
-        ImageDraw.Draw(label).text((edge - 4, cell / 2), _printable(name), "black", font, anchor="rm")
+        ImageDraw.Draw(label).text((edge - 4, cell / 2), preview.printable(name), "black", font, anchor="rm")
         page.paste(label, (0, edge + place * cell))
         page.paste(label.rotate(-90, expand=True), (edge + place * cell, 0))
     return page
@@ -247,13 +247,8 @@ def confusion_picture(confusion: np.ndarray, names: list[str]) -> Image.Image:
 def mistakes_picture(report: Report) -> Image.Image:
     """The images of the mistakes, each above "its class: what it was taken for, with which probability"."""
     captions = [
-        f"{_printable(report.names[m.label])[:9]}: {_printable(report.names[m.predicted])[:9]} {m.probability:.0%}"
-        for m in report.mistakes
+        f"{report.names[mistake.label][:9]}: {report.names[mistake.predicted][:9]} {mistake.probability:.0%}"
+        for mistake in report.mistakes
     ]
     title = "worst mistakes: class, what it was taken for"
     return preview.sheet(title, np.stack([mistake.image for mistake in report.mistakes]), captions)
-
-
-def _printable(name: str) -> str:
-    """A name as the picture's font and encoding can have it."""
-    return name.encode("latin-1", "replace").decode("latin-1")
