@@ -73,9 +73,9 @@ def test_explore(quick_compile, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "pvt: " in printed and "% of test pieces" in printed
     assert sum(map(len, found["published"].values())) > 20
-    assert found["photo"].size == (144, 96)
+    assert found["photo"].size == (192, 128)
     (maps,) = found["maps"].values()
-    assert [layer.grid for layer in maps] == [(24, 36), (12, 18), (6, 9), (3, 4)]
+    assert [layer.grid for layer in maps] == [(32, 48), (16, 24), (8, 12), (4, 6)]
     for layer in maps:
         assert isinstance(layer, AttentionMap)
         np.testing.assert_allclose(layer.distribution.sum(-1), 1, atol=1e-5)

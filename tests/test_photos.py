@@ -12,7 +12,7 @@ def test_pieces_of_photographs(tmp_path):
         assert sorted(path.name for path in (folder / split).iterdir()) == sorted(PHOTOS)
         assert {len(list(path.iterdir())) for path in (folder / split).iterdir()} == {count}
     photo = photograph("temple")
-    assert min(photo.shape[:2]) == 96 and np.array_equal(photo, np.asarray(Image.open(folder / "temple.png")))
+    assert min(photo.shape[:2]) == 128 and np.array_equal(photo, np.asarray(Image.open(folder / "temple.png")))
     windows = np.lib.stride_tricks.sliding_window_view(photo, (32, 32), axis=(0, 1)).transpose(0, 1, 3, 4, 2)
     for split in ("train", "test"):
         piece = np.asarray(Image.open(folder / split / "temple" / "0.png"))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-SIDE = 96  # shorter side of a photograph, in pixels
+SIDE = 128  # shorter side of a photograph, in pixels
 PIECE = 32  # side of a piece
 _PIECES = {"train": 64, "test": 16}  # of each photograph
 # By what they show; scikit-learn's temple (china.jpg) and flower, else the names of scikit-image's own.

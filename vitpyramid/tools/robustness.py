@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from vitpyramid import data
 from vitpyramid.data.augment import decode, eval_crop
+from vitpyramid.data.folder import FolderRecords
 from vitpyramid.evals import attacks, corruptions, imagenet, occlusion
 from vitpyramid.tasks.prepare import normalise
 from vitpyramid.tools import chart
@@ -111,10 +112,13 @@ def labels_of(
             name = source.records[index].get("file_name", source.where(index))
             row[classes[imagenet.real_number(name.decode() if isinstance(name, bytes) else name)]] = True
         return Labels(accepted, subset)
-    labels = [source[index]["label"] for index in tqdm(indices, desc="labels", unit=" images", disable=None)]
+    if isinstance(source.records, FolderRecords):
+        labels = source.records.labels[list(indices)]
+    else:
+        labels = np.array([source[index]["label"] for index in tqdm(indices, desc="labels", unit=" images")])
     if groups:
         group = imagenet.read_groups(groups, num_classes)
-        return Labels(group == np.array(labels)[:, None], subset)
+        return Labels(group == labels[:, None], subset)
     classes = imagenet.model_classes(source.class_names, num_classes)
     accepted[np.arange(len(indices)), classes[labels]] = True
     if len(classes) < num_classes:
