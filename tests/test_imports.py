@@ -15,7 +15,7 @@ ALLOWED = {
     "weights": {"models"},
     "tasks": {"models", "data", "weights"},
     "train": {"tasks", "models", "data", "weights", "configs"},
-    "evals": {"tasks", "models", "data", "weights"},
+    "evals": {"models"},
     "tools": {"evals", "train", "tasks", "models", "data", "weights"},
     "cli": {"tools", "train", "tasks", "configs"},
     "configs": set(),
