@@ -17,6 +17,7 @@ import argparse
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -106,13 +107,15 @@ def labels_of(
       OSError: a file cannot be read.
     """
     accepted, subset = np.zeros((len(indices), num_classes), bool), np.ones(num_classes, bool)
+    in_folder = isinstance(source.records, FolderRecords)  # whose labels are there without the images
     if real:
         classes = imagenet.read_real(real)
         for row, index in zip(accepted, indices, strict=True):
-            name = source.records[index].get("file_name", source.where(index))
+            record = {} if in_folder else source.records[index]
+            name = record.get("file_name", source.where(index))
             row[classes[imagenet.real_number(name.decode() if isinstance(name, bytes) else name)]] = True
         return Labels(accepted, subset)
-    if isinstance(source.records, FolderRecords):
+    if in_folder:
         labels = source.records.labels[list(indices)]
     else:
         labels = np.array([source[index]["label"] for index in tqdm(indices, desc="labels", unit=" images")])
@@ -165,19 +168,27 @@ def robustness(
             accepted = np.pad(labels.accepted[start : start + size], padding[:2])
             indices = np.pad(np.arange(start, start + len(chunk)), padding[0])
             placed = jax.device_put((np.float32(np.pad(pixels, padding)), accepted, indices), split)
-            found = {}
-            for key, images in _versions(network, settings, variables, *placed):
-                found[key] = judge(images, placed[1])
-            for key, images in _corrupted(pixels, start, settings, pool):
-                # Computed while the next is corrupted: nothing here waits for the device.
-                found[key] = judge(jax.device_put(np.float32(np.pad(images, padding)), split), placed[1])
-            for key, correct in found.items():
-                right.setdefault(key, []).append(np.asarray(correct)[: len(chunk)])
+            corrupted = (
+                (key, jax.device_put(np.float32(np.pad(images, padding)), split))
+                for key, images in _corrupted(pixels, start, settings, pool)
+            )
+            before: tuple = ()
+            for key, images in itertools.chain(_versions(network, settings, variables, *placed), corrupted):
+                found = judge(images, placed[1])
+                # Fetched one late: the device computes while the host corrupts the next.
+                _collect(right, *before)
+                before = key, found, len(chunk)
+            _collect(right, *before)
             bar.update(len(chunk))
     counted = labels.accepted.any(axis=1)
     return _report(
         {key: 100 * float(np.concatenate(parts)[counted].mean()) for key, parts in right.items()}, int(counted.sum())
     )
+
+
+def _collect(right: dict[tuple, list], key: tuple = (), found=(), count: int = 0) -> None:
+    if key:
+        right.setdefault(key, []).append(np.asarray(found)[:count])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
