@@ -24,6 +24,16 @@ def test_lines_go_where_the_numbers_are():
     assert middle == pytest.approx(left_row - (left_row - right_row) / 4, abs=8)
 
 
+def test_the_legend_hides_as_little_as_it_can():
+    high = {"a": [(0, 0), (5, 10), (10, 10)], "b": [(0, 2), (5, 8), (10, 8)]}
+    for mirrored, colour in ((False, 0), (True, 1)):
+        series = {name: [(10 - x if mirrored else x, y) for x, y in found] for name, found in high.items()}
+        page = chart.lines("t", series)
+        found = spots(page, chart.COLOURS[colour])
+        for end in (found[:, 1].min(), found[:, 1].max()):
+            assert end < 60 or end > 490  # both ends of the line are seen
+
+
 def test_points_have_names_and_an_axis_may_be_logarithmic():
     page = chart.lines("t", {"a": [(1, 1)], "b": [(10, 2)], "c": [(100, 3)]}, joined=False, log_x=True)
     columns = [spots(page, colour)[:, 1].min() for colour in chart.COLOURS[:3]]

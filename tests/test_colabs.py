@@ -22,10 +22,9 @@ SHORT = {
 @pytest.fixture
 def quick_compile():
     """Of programs that run for a few steps."""
-    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 class Display:

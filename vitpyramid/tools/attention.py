@@ -75,7 +75,7 @@ def maps_picture(
         tiles.append(chart.overlay(image, np.asarray(query_map(found, point)[0].mean(0))))
         captions.append(f"{len(captions)}: {stage_name(found.stage)}, {found.kind}")
     tiles.append(chart.overlay(image, np.asarray(rollout(tuple(maps))[0])))
-    return sheet(title, np.stack(tiles), [*captions, "rollout"])
+    return sheet(title, np.stack(tiles), [*captions, "rollout"], columns=6)
 
 
 def heads_picture(

@@ -85,14 +85,23 @@ def lines(
             fits = x + draw.textlength(name, font) + 6 * _FINE < width
             draw.text((x + (6 if fits else -6) * _FINE, y), name, colour, font, anchor="lm" if fits else "rm")
     if joined and len(series) > 1:
-        _legend(draw, font, list(series), right, top)
+        spots = [place(scale(x), y) for found in series.values() for x, y in found]
+        _legend(draw, font, list(series), spots, (left, top, right, bottom))
     return page.resize(size, Image.Resampling.LANCZOS)
 
 
-def _legend(draw, font, names: list[str], right: float, top: float) -> None:
-    line, widest = 14 * _FINE, max(draw.textlength(name, font) for name in names)
-    left = right - widest - 30 * _FINE
-    draw.rectangle((left, top, right, top + line * len(names) + 6 * _FINE), "white", "#cccccc")
+def _legend(draw, font, names: list[str], spots: list[tuple[float, float]], frame: tuple[float, ...]) -> None:
+    """In the corner of the frame (left, top, right, bottom) that has the fewest points."""
+    line, margin = 14 * _FINE, 4 * _FINE
+    width = max(draw.textlength(name, font) for name in names) + 30 * _FINE
+    height = line * len(names) + 6 * _FINE
+
+    def hidden(corner: tuple[float, float]) -> int:
+        return sum(0 <= x - corner[0] <= width and 0 <= y - corner[1] <= height for x, y in spots)
+
+    rows, columns = (frame[1] + margin, frame[3] - margin - height), (frame[2] - margin - width, frame[0] + margin)
+    left, top = min(((x, y) for y in rows for x in columns), key=hidden)
+    draw.rectangle((left, top, left + width, top + height), "white", "#cccccc")
     for i, name in enumerate(names):
         y = top + line * (i + 0.5) + 3 * _FINE
         draw.line((left + 5 * _FINE, y, left + 20 * _FINE, y), COLOURS[i % len(COLOURS)], 2 * _FINE)
