@@ -334,7 +334,7 @@ SOWN = {
         "blocks_0": (2, 25, 25),
         "blocks_1": (2, 25, 25),
     },
-    "t2t_se": {"blocks_1": (2, 25, 25)},
+    "t2t_se": {"tokens_to_token/attention1": (1, 384, 384), "blocks_1": (2, 25, 25)},
     "t2t_ghost": {"blocks_1": (2, 25, 25)},
     "rest": {"stage1_0": (1, 384, 6), "stage2_0": (2, 96, 6), "stage3_1": (3, 24, 6), "stage4_0": (4, 6, 6)},
     "deit_distilled": {"blocks_0": (3, 26, 26), "blocks_2": (3, 26, 26)},
@@ -347,7 +347,7 @@ def test_attention_maps_are_sown(kind):
     _, state = run(random_of(kind), random_images(2, 64, 96))
     maps = flat(state["intermediates"])
     for block, shape in SOWN[kind].items():
-        (weights,) = maps[f"{block}/attn/attention"]
+        (weights,) = maps.get(f"{block}/attn/attention") or maps[f"{block}/kernel_attention"]
         assert weights.shape == (2, *shape)
         normalised = kind == "rest" and block != "stage1_0"  # by an instance norm after the softmax
         np.testing.assert_allclose(weights.sum(-1), 0 if normalised else 1, rtol=1e-5, atol=2e-4)
