@@ -6,47 +6,13 @@ import numpy as np
 import pytest
 
 from dense_golden import DenseGolden
+from dense_networks import backbone, canvas, nchw, padded_targets
 from harness import quick_jit
 from vitpyramid import create_model
-from vitpyramid.heads.detector import Targets, rescale
-from vitpyramid.models.pvt import PVT
-from vitpyramid.models.rest import ResT
+from vitpyramid.heads.detector import rescale
 from vitpyramid.weights.dense_names import from_state_dict, to_state_dict
 
 EXACT = 1e-9
-BACKBONES = {"pvt": PVT, "rest": ResT}
-
-
-def backbone(meta: dict):
-    """The narrow network of a golden file."""
-    family = PVT if "img_size" in meta else ResT
-    fields = {"dims": "embed_dims", "heads": "num_heads", "mlp_ratios": "mlp_ratios", "sr_ratios": "sr_ratios"}
-    arguments = {key: tuple(meta[name]) for key, name in fields.items()}
-    return family(tuple(meta["depths"]), image_size=meta.get("img_size", 224), **arguments)
-
-
-def canvas(golden) -> jnp.ndarray:
-    """Images `[B, H, W, 3]` float64 as the network gets them."""
-    images = golden.input("image").astype(np.float64).transpose(0, 2, 3, 1)
-    images = (images - golden.meta.get("pixel_mean", 0.0)) / golden.meta.get("pixel_std", 1.0)
-    for image, (height, width) in zip(images, golden.meta["img_shapes"], strict=True):
-        image[height:] = 0
-        image[:, width:] = 0
-    return jnp.asarray(images)
-
-
-def padded_targets(meta: dict, slots: int) -> Targets:
-    """Ground truth in more slots than there are boxes; what the others hold must not matter."""
-    batch = len(meta["gt_boxes"])
-    boxes = np.tile(np.array([3.0, 5.0, 90.0, 80.0]), (batch, slots, 1))
-    labels, valid = np.ones((batch, slots), np.int32), np.zeros((batch, slots), bool)
-    for i, (of_boxes, of_labels) in enumerate(zip(meta["gt_boxes"], meta["gt_labels"], strict=True)):
-        boxes[i, : len(of_boxes)], labels[i, : len(of_labels)], valid[i, : len(of_boxes)] = of_boxes, of_labels, True
-    return Targets(jnp.asarray(boxes), jnp.asarray(labels), jnp.asarray(valid))
-
-
-def nchw(x):
-    return np.asarray(x).transpose(0, 3, 1, 2)
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +37,7 @@ def test_original(stem):
         dtype=jnp.float64,
     )
     variables = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), from_state_dict(model, weights))
-    images, sizes, targets = canvas(golden), np.array(meta["img_shapes"]), padded_targets(meta, 7)
+    images, sizes, targets = canvas(golden), np.array(meta["img_shapes"]), padded_targets(golden, 7)
 
     @quick_jit
     def evaluate(variables):
@@ -89,7 +55,7 @@ def test_original(stem):
         return jax.value_and_grad(loss, has_aux=True)(params)
 
     predictions, detections, (label, match) = evaluate(variables)
-    before, k = ("eval/", meta["num_classes"])
+    k = meta["num_classes"]
     names = [f"eval/p{i}" for i in range(3, 8)] if rest else [f"neck{i}" for i in range(5)]
     cls, reg = ("eval/logits", "eval/deltas") if rest else ("cls_score", "bbox_pred")
     for i, (level, logits, deltas) in enumerate(

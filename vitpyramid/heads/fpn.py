@@ -24,14 +24,14 @@ class FPN(nn.Module):
       pool: they take every second pixel of the level before (Mask R-CNN); otherwise the first is a convolution of the
         backbone's last map itself, the next one of it (RetinaNet).
       relu_between: a ReLU before the convolution of every extra level but the first (detectron2).
-      init: of kernels.
+      kernel_init: of all convolutions.
     """
 
     channels: int = 256
     extra: int = 0
     pool: bool = False
     relu_between: bool = False
-    init: Callable = xavier_uniform
+    kernel_init: Callable = xavier_uniform
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -39,7 +39,7 @@ class FPN(nn.Module):
         """Levels `[B, h, w, C]`, finest first -> as many and `extra` of `[B, h, w, channels]`."""
 
         def conv(x: jax.Array, kernel: int, name: str, stride: int = 1) -> jax.Array:
-            return convolution(self.channels, kernel, self.dtype, name, stride=stride, init=self.init)(x)
+            return convolution(self.channels, kernel, self.dtype, name, stride=stride, init=self.kernel_init)(x)
 
         sums = [conv(level.x, 1, f"lateral_convs_{i}") for i, level in enumerate(levels)]
         for i in reversed(range(1, len(sums))):

@@ -31,7 +31,7 @@ def per_group(sums: jax.Array, counts: jax.Array, images: int | None) -> jax.Arr
       images: of a group; None: the whole batch.
 
     Returns:
-      `[...]`: mean over groups of sums over counts.
+      `[...]`: mean over groups of sums over counts, of which one is the least.
 
     Raises:
       ValueError: the batch is no multiple of `images`.
@@ -41,7 +41,7 @@ def per_group(sums: jax.Array, counts: jax.Array, images: int | None) -> jax.Arr
     if batch % images:
         raise ValueError(f"images_per_group = {images}: expected a divisor of the batch, which has {batch} images")
     totals = sums.reshape(-1, images, *sums.shape[1:]).sum(axis=1)
-    divisors = counts.reshape(-1, images).sum(axis=1).astype(sums.dtype)
+    divisors = jnp.maximum(counts.reshape(-1, images).sum(axis=1).astype(sums.dtype), 1)
     return (totals / divisors.reshape(-1, *(1,) * (sums.ndim - 1))).mean(axis=0)
 
 

@@ -3,8 +3,9 @@
 import dataclasses
 from typing import Any
 
-from vitpyramid.heads import retinanet
+from vitpyramid.heads import mask_rcnn, retinanet
 from vitpyramid.heads.detector import DenseNetwork
+from vitpyramid.heads.mask_rcnn import MaskRCNN
 from vitpyramid.heads.retinanet import RetinaNet
 from vitpyramid.models import registry
 from vitpyramid.models.backbone import Backbone
@@ -40,6 +41,8 @@ def _standing_on(family: str, drop_paths: dict[str, float], prefix: str, network
 DENSE: dict[str, DenseVariant] = {
     **_standing_on("pvt", _PVT_DROP_PATH, "retinanet", RetinaNet),
     **_standing_on("rest", _REST_DROP_PATH, "retinanet", RetinaNet, **retinanet.DETECTRON2),
+    **_standing_on("pvt", _PVT_DROP_PATH, "mask_rcnn", MaskRCNN),
+    **_standing_on("rest", _REST_DROP_PATH, "mask_rcnn", MaskRCNN, **mask_rcnn.DETECTRON2),
 }
 
 

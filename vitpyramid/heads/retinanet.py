@@ -136,7 +136,9 @@ class RetinaNet(DenseNetwork, kw_only=True):
         return tuple(i for i, stride in enumerate(strides) if stride > 4)
 
     def setup(self):
-        self.neck = FPN(self.channels, extra=2, relu_between=self.relu_before_p7, init=self.neck_init, dtype=self.dtype)
+        self.neck = FPN(
+            self.channels, extra=2, relu_between=self.relu_before_p7, kernel_init=self.neck_init, dtype=self.dtype
+        )
         per_cell = len(self.scales) * len(anchors.RATIOS)
         self.bbox_head = RetinaHead(self.num_classes, per_cell, self.channels, self.depth, self.dtype)
         if self.normaliser == "moving":
@@ -204,8 +206,8 @@ class RetinaNet(DenseNetwork, kw_only=True):
         of_class = jnp.where(label[..., None] >= 0, losses.focal(logits, wanted), 0).sum(-1)
 
         truth = jnp.take_along_axis(targets.boxes, match[..., None], axis=1)
-        truth = jnp.where(positive[..., None], truth, all_anchors)  # where there is none, deltas are 0 and not NaN
-        of_box = jnp.where(positive[..., None], jnp.abs(deltas - box.encode(all_anchors, truth)), 0).sum(-1)
+        wanted = jnp.where(positive[..., None], box.encode(all_anchors, truth), 0)
+        of_box = jnp.where(positive[..., None], jnp.abs(deltas - wanted), 0).sum(-1)
 
         lengths = tuple(logits.shape[1] for logits in predictions.logits)
         sums = {
