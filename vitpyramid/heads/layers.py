@@ -17,9 +17,9 @@ def convolution(
     *,
     stride: int = 1,
     init=SMALL,
-    bias: float = 0.0,
+    bias: float | None = 0.0,
 ) -> nn.Conv:
-    """Square convolution with a bias, padded by `(kernel - 1) // 2` on every side.
+    """Square convolution, with a bias unless that is None, padded by `(kernel - 1) // 2` on every side.
 
     Padding is explicit because SAME puts none above and left of an even side at stride 2.
     """
@@ -28,9 +28,10 @@ def convolution(
         (kernel, kernel),
         stride,
         padding=(kernel - 1) // 2,
+        use_bias=bias is not None,
         dtype=dtype,
         kernel_init=init,
-        bias_init=nn.initializers.constant(bias),
+        bias_init=nn.initializers.constant(bias or 0.0),
         name=name,
     )
 

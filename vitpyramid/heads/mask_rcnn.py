@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 import jax
 
-from vitpyramid.heads.detector import DenseNetwork, Detections, Targets, whole
+from vitpyramid.heads.detector import Detections, Targets, whole
 from vitpyramid.heads.fpn import FPN
+from vitpyramid.heads.network import DenseNetwork
 from vitpyramid.heads.roi_head import RoIHead
 from vitpyramid.heads.rpn import RPN, Proposals
 from vitpyramid.models.backbone import Level

@@ -4,9 +4,10 @@ import dataclasses
 from typing import Any
 
 from vitpyramid.heads import mask_rcnn, retinanet
-from vitpyramid.heads.detector import DenseNetwork
 from vitpyramid.heads.mask_rcnn import MaskRCNN
+from vitpyramid.heads.network import DenseNetwork
 from vitpyramid.heads.retinanet import RetinaNet
+from vitpyramid.heads.semantic_fpn import SemanticFPN
 from vitpyramid.models import registry
 from vitpyramid.models.backbone import Backbone
 
@@ -43,6 +44,7 @@ DENSE: dict[str, DenseVariant] = {
     **_standing_on("rest", _REST_DROP_PATH, "retinanet", RetinaNet, **retinanet.DETECTRON2),
     **_standing_on("pvt", _PVT_DROP_PATH, "mask_rcnn", MaskRCNN),
     **_standing_on("rest", _REST_DROP_PATH, "mask_rcnn", MaskRCNN, **mask_rcnn.DETECTRON2),
+    **_standing_on("pvt", dict.fromkeys(_PVT_DROP_PATH, 0.1), "semantic_fpn", SemanticFPN),
 }
 
 

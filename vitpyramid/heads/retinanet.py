@@ -15,10 +15,11 @@ import jax.numpy as jnp
 
 from vitpyramid.heads import anchors, losses
 from vitpyramid.heads import boxes as box
-from vitpyramid.heads.detector import DenseNetwork, Detections, Targets, whole
+from vitpyramid.heads.detector import Detections, Targets, whole
 from vitpyramid.heads.fpn import FPN
 from vitpyramid.heads.layers import convolution, per_anchor
 from vitpyramid.heads.matching import assign
+from vitpyramid.heads.network import DenseNetwork
 from vitpyramid.heads.nms import nms
 from vitpyramid.models.backbone import Level
 from vitpyramid.models.initialisers import fan_in_uniform, xavier_uniform
@@ -254,17 +255,18 @@ class RetinaNet(DenseNetwork, kw_only=True):
         """Boxes, scores, classes of a level, and whether they are above the threshold, before suppression."""
         n, k = logits.shape
         scores = jax.nn.sigmoid(logits)
+        decode = functools.partial(box.decode, clamp_below=self.clamp_below)
         if self.candidates == "pairs":
             scores = jnp.where(scores > self.score_threshold, scores, 0).ravel()
             scores, pair = jax.lax.top_k(scores, min(self.most_candidates, n * k))
             anchor, classes = pair // k, pair % k
+            boxes = decode(of_level[anchor], deltas[anchor])
         else:
-            anchor = jnp.arange(n)
             if n > self.most_candidates:
                 _, anchor = jax.lax.top_k(scores.max(axis=1), self.most_candidates)
-            scores = scores[anchor].ravel()
-            anchor, classes = jnp.repeat(anchor, k), jnp.tile(jnp.arange(k), len(anchor))
-        boxes = box.decode(of_level[anchor], deltas[anchor], clamp_below=self.clamp_below)
+                of_level, deltas, scores = of_level[anchor], deltas[anchor], scores[anchor]
+            boxes, classes = jnp.repeat(decode(of_level, deltas), k, axis=0), jnp.tile(jnp.arange(k), len(deltas))
+            scores = scores.ravel()
         if self.clip_first:
             boxes = box.clip(boxes, size)
         return boxes, scores, classes, scores > self.score_threshold

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from vitpyramid.heads.detector import DenseNetwork
+from vitpyramid.heads.network import DenseNetwork
 from vitpyramid.weights import names
 from vitpyramid.weights.names import Path
 
