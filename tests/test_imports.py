@@ -13,14 +13,14 @@ ALLOWED = {
     "models": set(),
     "data": set(),
     "heads": {"models"},
-    "weights": {"models"},
-    "tasks": {"models", "data", "weights"},
-    "train": {"tasks", "models", "data", "weights"},
-    "tools": {"train", "tasks", "models", "data", "weights"},
+    "weights": {"models", "heads"},
+    "tasks": {"models", "heads", "data", "weights"},
+    "train": {"tasks", "models", "heads", "data", "weights"},
+    "tools": {"train", "tasks", "models", "heads", "data", "weights"},
     "progress": set(),
     "files": set(),
     "convert": {"tools"},
-    "__init__": {"models", "weights"},
+    "__init__": {"heads", "weights"},
 }
 COMMON = {"progress", "files"}
 

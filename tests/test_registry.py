@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 import golden
-from vitpyramid import create_model, list_models
+from vitpyramid import create_model
+from vitpyramid.models.registry import list_models
 
 OURS = {"regnety_micro", "pvt_micro", "pit_micro", "t2t_vit_micro", "rest_micro", "deit_micro"}
 
