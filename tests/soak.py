@@ -101,14 +101,18 @@ def wait_for_a_save(workdir: Path, process: subprocess.Popen) -> None:
         time.sleep(0.0005)
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 def start(workdirs: list[Path], rest: tuple, family: str = "pvt") -> list[Run]:
     """The processes of one run, each with its work directory, which should be the same."""
     if len(workdirs) == 1:
         return [Run(workdirs[0], *rest, family=family)]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    flags = [f"--coordinator_address=localhost:{port}", f"--num_processes={len(workdirs)}"]
+    flags = [f"--coordinator_address=localhost:{free_port()}", f"--num_processes={len(workdirs)}"]
     return [Run(path, *rest, *flags, f"--process_id={i}", family=family) for i, path in enumerate(workdirs)]
 
 

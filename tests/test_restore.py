@@ -1,7 +1,6 @@
 """A state saved by any number of processes, split in any way, is restored by any other: bit for bit."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from soak import arrays
+from soak import arrays, free_port
 from vitpyramid.train.sharding import abstract_state, make_mesh
 from vitpyramid.weights import store
 from vitpyramid.weights.intact import steps
@@ -47,9 +46,7 @@ def carry_on(folder, fsdp, step):
 
 
 def in_two_processes(*args):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     program = (
         "import jax, sys; jax.distributed.initialize({!r}, 2, {}); import test_restore; test_restore.carry_on(*{!r})"

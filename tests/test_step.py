@@ -53,8 +53,7 @@ def step_zero(family="pvt"):
     config = small_config(family, **{"model.drop_rate": 0.1, "model.drop_path_rate": 0.2, "ema.decay": 0.9})
     mesh = make_mesh(1, jax.devices()[:1])
     task = make_task(config)
-    depths = {"depth": 1} if family == "t2t_vit" else {"depths": (1,) * len(task.model.depths)}
-    task = dataclasses.replace(task, model=task.model.clone(**depths))
+    task = dataclasses.replace(task, model=task.model.clone(depths=(1,) * len(task.model.depths)))
     # A rate of 1 subtracts the gradient, so that states show it; Adam would divide rounding noise by itself.
     tx = optax.sgd(1.0)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from vitpyramid.models import token_forms
-from vitpyramid.models.layers import DropPath, PackedLinear, layer_norm, linear
+from vitpyramid.models.layers import DropPath, LayerNorm, PackedLinear, linear
 
 
 def attend(module: nn.Module, query, key, value, scale: float | None = None) -> jax.Array:
@@ -81,5 +81,5 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, N, C]` -> `[B, N, C]`."""
         attn, mlp = self.attention(name="attn"), self.mlp(name="mlp")
-        x = x + DropPath(self.drop_path)(attn(layer_norm(self.epsilon, self.dtype, "norm1")(x)))
-        return x + DropPath(self.drop_path)(mlp(layer_norm(self.epsilon, self.dtype, "norm2")(x)))
+        x = x + DropPath(self.drop_path)(attn(LayerNorm(self.epsilon, self.dtype, name="norm1")(x)))
+        return x + DropPath(self.drop_path)(mlp(LayerNorm(self.epsilon, self.dtype, name="norm2")(x)))

@@ -57,11 +57,6 @@ class LayerNorm(nn.Module):
         return token_forms.layer_norm(x, scale, bias, self.epsilon, self.dtype)
 
 
-def layer_norm(epsilon: float, dtype, name: str) -> LayerNorm:
-    """LayerNorm as the blocks have it."""
-    return LayerNorm(epsilon, dtype, name=name)
-
-
 class PatchConv(nn.Module):
     """Convolution whose kernel equals its stride, without padding: patches do not overlap.
 
@@ -107,6 +102,20 @@ class Mlp(nn.Module):
         return nn.Dropout(self.drop_rate, deterministic=False)(x)
 
 
+def batch_norm_variables(module: nn.Module, dim: int) -> tuple[jax.Array, jax.Array, nn.Variable, nn.Variable]:
+    """Scale, shift, running mean and running variance, `[dim]` each; called from a compact method of `module`."""
+    scale = module.param("scale", nn.initializers.ones, (dim,))
+    bias = module.param("bias", nn.initializers.zeros, (dim,))
+    mean = module.variable("batch_stats", "mean", jnp.zeros, (dim,))
+    return scale, bias, mean, module.variable("batch_stats", "var", jnp.ones, (dim,))
+
+
+def update_running(running_mean: nn.Variable, running_var: nn.Variable, mean, var, n: int) -> None:
+    """Takes the statistics of a batch, of `n` values a channel, into the running ones; `var` is the biased one."""
+    running_mean.value = 0.9 * running_mean.value + 0.1 * mean
+    running_var.value = 0.9 * running_var.value + 0.1 * var * (n / (n - 1))
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation as PyTorch has it, epsilon 1e-5, momentum 0.1.
 
@@ -122,10 +131,7 @@ class BatchNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, h, w, C]` -> the same. Raises `ValueError` in training where a channel has a single value."""
         c = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (c,))
-        bias = self.param("bias", nn.initializers.zeros, (c,))
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (c,))
-        running_var = self.variable("batch_stats", "var", jnp.ones, (c,))
+        scale, bias, running_mean, running_var = batch_norm_variables(self, c)
         x = x.astype(at_least_float32(self.dtype))
         mean, var = running_mean.value, running_var.value
         if self.train:
@@ -135,8 +141,7 @@ class BatchNorm(nn.Module):
             mean = x.mean((0, 1, 2))
             var = jnp.square(x - mean).mean((0, 1, 2))
             if not self.is_initializing():
-                running_mean.value = 0.9 * running_mean.value + 0.1 * mean
-                running_var.value = 0.9 * running_var.value + 0.1 * var * (n / (n - 1))
+                update_running(running_mean, running_var, mean, var, n)
         return ((x - mean) * (jax.lax.rsqrt(var + 1e-5) * scale) + bias).astype(self.dtype)
 
 

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from vitpyramid.models.attention import Block, attend, output_dropout
 from vitpyramid.models.backbone import Backbone, Level, PositionTable, Stage, Variant
 from vitpyramid.models.layers import (
+    LayerNorm,
     Mlp,
     PackedLinear,
     PatchConv,
     at_least_float32,
-    layer_norm,
     linear,
     normal_init,
     resize_positions,
@@ -41,7 +41,7 @@ class PatchEmbed(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, H, W, C_in]` -> `[B, H // patch, W // patch, dim]`."""
         x = PatchConv(self.dim, self.patch, self.dtype, name="proj")(x)
-        return layer_norm(1e-5, self.dtype, "norm")(x)
+        return LayerNorm(1e-5, self.dtype, name="norm")(x)
 
 
 class SpatialReductionAttention(nn.Module):
@@ -62,7 +62,7 @@ class SpatialReductionAttention(nn.Module):
         if self.sr_ratio > 1:
             source = x.reshape(b, *self.grid, dim)
             source = PatchConv(dim, self.sr_ratio, self.dtype, name="sr")(source)
-            source = layer_norm(1e-5, self.dtype, "norm")(source.reshape(b, -1, dim))
+            source = LayerNorm(1e-5, self.dtype, name="norm")(source.reshape(b, -1, dim))
         key, value = PackedLinear(2, self.heads, self.dtype, name="kv")(source)
         x = attend(self, query, key, value)
         return output_dropout(self.drop_rate)(linear(dim, self.dtype, "proj")(x))

@@ -23,13 +23,15 @@ from vitpyramid.models.attention import Block, attend, output_dropout
 from vitpyramid.models.backbone import Backbone, Level, Stage, Variant
 from vitpyramid.models.layers import (
     BatchNorm,
+    LayerNorm,
     Mlp,
     PackedLinear,
     at_least_float32,
-    layer_norm,
+    batch_norm_variables,
     linear,
     normal_init,
     torch_bias_init,
+    update_running,
 )
 from vitpyramid.models.sharding import shard_batch
 from vitpyramid.models.stack import apply_blocks
@@ -86,10 +88,7 @@ class StemNorm(nn.Module):
     @nn.compact
     def __call__(self) -> tuple[jax.Array, jax.Array, nn.Variable, nn.Variable]:
         """Scale, shift, running mean and running variance, `[dim]` each."""
-        scale = self.param("scale", nn.initializers.ones, (self.dim,))
-        bias = self.param("bias", nn.initializers.zeros, (self.dim,))
-        mean = self.variable("batch_stats", "mean", jnp.zeros, (self.dim,))
-        return scale, bias, mean, self.variable("batch_stats", "var", jnp.ones, (self.dim,))
+        return batch_norm_variables(self, self.dim)
 
 
 class Stem(nn.Module):
@@ -116,8 +115,7 @@ class Stem(nn.Module):
         x, moments = rest_forms.stem(x, kernels, arrays, self.train, self.dtype)
         if self.train and not self.is_initializing():
             for (_, _, mean, var), (of_mean, of_var) in zip(norms, moments, strict=True):
-                mean.value = 0.9 * mean.value + 0.1 * of_mean
-                var.value = 0.9 * var.value + 0.1 * of_var * (values / (values - 1))
+                update_running(mean, var, of_mean, of_var, values)
         return PixelAttention(self.dtype, name="pos")(x)
 
 
@@ -189,7 +187,7 @@ class EfficientAttention(nn.Module):
         if self.sr_ratio > 1:
             source = x.reshape(b, *self.grid, dim)
             source = ReduceConv(self.sr_ratio, self.dtype, name="sr")(source)
-            source = layer_norm(1e-5, self.dtype, "sr_norm")(source.reshape(b, -1, dim))
+            source = LayerNorm(1e-5, self.dtype, name="sr_norm")(source.reshape(b, -1, dim))
         key, value = PackedLinear(2, self.heads, self.dtype, name="kv")(source)
         attention = functools.partial(attend, self) if self.heads == 1 else self.attend_mixed
         x = attention(query, key, value)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitpyramid.models.forms import at_least_float32, by_device, convolve
+from vitpyramid.models.token_forms import scaled_logits
 
 Pair = tuple[int, int]
 Arrays = tuple[jax.Array, ...]
@@ -117,8 +118,8 @@ def folded_convolution(x: jax.Array, kernel: jax.Array, stride: int, fold: Pair,
 
 def mixed_weights(query, key, mixing, bias) -> jax.Array:
     """Attention maps of `mixed_attention`, `[B, heads, N, M]`, at least float32."""
-    logits = jnp.einsum("bnhd,bmhd->bhnm", query, key, preferred_element_type=at_least_float32(query.dtype))
-    logits = jnp.einsum("bhnm,hg->bgnm", logits * query.shape[-1] ** -0.5, mixing) + bias[:, None, None]
+    logits = scaled_logits(query, key, query.shape[-1] ** -0.5)
+    logits = jnp.einsum("bhnm,hg->bgnm", logits, mixing) + bias[:, None, None]
     return instance_norm(jax.nn.softmax(logits))
 
 

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from vitpyramid.models import forms
 from vitpyramid.models.attention import attend
 from vitpyramid.models.layers import (
+    LayerNorm,
     Mlp,
     at_least_float32,
-    layer_norm,
     linear,
     normal_init,
     torch_bias_init,
@@ -153,7 +153,7 @@ class TokenPerformer(nn.Module):
         y = performer_attention(query, key, value, w).astype(self.dtype)
         y = linear(TOKEN_DIM, self.dtype, "proj")(y)
         x = value + nn.Dropout(self.drop_rate, deterministic=False)(y)
-        y = layer_norm(1e-5, self.dtype, "norm2")(x)
+        y = LayerNorm(1e-5, self.dtype, name="norm2")(x)
         y = nn.gelu(linear(TOKEN_DIM, self.dtype, "mlp_0")(y), approximate=False)
         y = linear(TOKEN_DIM, self.dtype, "mlp_2")(y)
         return x + nn.Dropout(self.drop_rate, deterministic=False)(y)
@@ -191,7 +191,7 @@ class TokenTransformer(nn.Module):
         """`[B, H, W, C]` -> `[B, N, 64]`."""
         scale, shift = SplitNorm(self.split[0] ** 2 * x.shape[-1], name="norm1")()
         x = TokenAttention(self.split, self.dtype, name="attn")(x, scale, shift)
-        return x + Mlp(1, dtype=self.dtype, name="mlp")(layer_norm(1e-5, self.dtype, "norm2")(x))
+        return x + Mlp(1, dtype=self.dtype, name="mlp")(LayerNorm(1e-5, self.dtype, name="norm2")(x))
 
 
 class TokensToToken(nn.Module):

@@ -114,10 +114,11 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, scale: float) 
 
 def attention_weights(query: jax.Array, key: jax.Array, scale: float) -> jax.Array:
     """The attention map, `[B, heads, N, M]`, at least float32."""
-    return jax.nn.softmax(_logits(query, key, scale))
+    return jax.nn.softmax(scaled_logits(query, key, scale))
 
 
-def _logits(query, key, scale):
+def scaled_logits(query, key, scale) -> jax.Array:
+    """`scale * query key^T` for each head, `[B, heads, N, M]`, at least float32."""
     return jnp.einsum("bnhd,bmhd->bhnm", query, key, preferred_element_type=at_least_float32(query.dtype)) * scale
 
 

@@ -91,14 +91,13 @@ def preflight(
         clock=chip.clock if chip else 1.0,
     )
     task, missing = _task(config)
-    plain, _ = _task(_without_recomputation(config))
     with jax.set_mesh(mesh):
         training = program.build(task, mesh)
         batch_bytes = _bytes(program.abstract_batch(task, mesh))
         held = _bytes((training.state, training.constants))
         train = _examine("train step", *program.train_step_for(task, training, mesh), limit, held + batch_bytes, links)
         if config.model.remat:
-            train["model_flops"] = _flops(plain, mesh)
+            train["model_flops"] = _flops(_task(_without_recomputation(config))[0], mesh)
         variables = training.state.variables
         evaluation = _examine(
             "evaluation step", *program.eval_step_for(task, variables, mesh), limit, _bytes(variables), links
