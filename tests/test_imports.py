@@ -12,14 +12,18 @@ PACKAGE = Path(vitpyramid.__file__).parent
 ALLOWED = {
     "models": set(),
     "data": set(),
-    "weights": {"models"},
-    "tasks": {"models", "data", "weights"},
-    "train": {"tasks", "models", "data", "weights"},
-    "tools": {"train", "tasks", "models", "data", "weights"},
+    "heads": {"models"},
+    "weights": {"models", "heads"},
+    "evals": {"models", "heads"},
+    "tasks": {"evals", "models", "heads", "data", "weights"},
+    "train": {"tasks", "models", "heads", "data", "weights", "configs"},
+    "tools": {"evals", "train", "tasks", "models", "heads", "data", "weights"},
+    "cli": {"tools", "train", "tasks", "configs"},
+    "configs": set(),
     "progress": set(),
     "files": set(),
     "convert": {"tools"},
-    "__init__": {"models", "weights"},
+    "__init__": {"models", "heads", "weights", "train"},
 }
 COMMON = {"progress", "files"}
 
@@ -40,6 +44,7 @@ def test_imports_point_one_way():
         for name in imported(path):
             top, *rest = name.split(".")
             assert top not in ("main", "configs"), f"{path} imports {name}"
+            assert not name.startswith("vitpyramid.configs."), f"{path} imports {name}"
             if top == "vitpyramid" and rest:
                 assert rest[0] in ALLOWED[room] | COMMON | {room}, f"{path} imports {name}"
 

@@ -8,7 +8,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from dense_streams import dense_config
+import fake_gcs
+from dense_streams import dense_config, write_coco
 from streams import encoded
 from vitpyramid.data import augment
 from vitpyramid.data.annotated import open_annotated
@@ -118,6 +119,21 @@ def test_label_maps_of_ones_own(tmp_path, caplog):
     assert "1 label maps without an image; left out: 2.png" in caplog.text
     with pytest.raises(ValueError, match="available: 'training'"):
         opened("label_maps", "test", "segment", **keys)
+
+
+def test_annotated_data_in_a_bucket(tmp_path, monkeypatch):
+    write_label_maps(tmp_path / "ade", [LEVELS])
+    write_coco(tmp_path / "coco", [{}, {"image_id": 11}])
+    with fake_gcs.serve() as bucket:
+        for name, value in bucket.environment.items():
+            monkeypatch.setenv(name, value)
+        for path in tmp_path.rglob("*.*"):
+            bucket.put(path.relative_to(tmp_path).as_posix(), path.read_bytes())
+        source = opened("coco", "val", "detect", True, **{"data.data_dir": "gs://bucket/coco", "data.masks": False})
+        assert source.ids == [10, 11] and source.where(1) == "gs://bucket/coco/val/11.png"
+        assert source[0].image == (tmp_path / "coco/val/10.png").read_bytes()
+        source = opened("ade20k", "training", "segment", **{"data.data_dir": "gs://bucket/ade"})
+        assert source.sizes().tolist() == [[2, 3]] and label_map_of(source[0], 150)[0].tolist() == [255, 0, 1]
 
 
 # TFDS

@@ -77,7 +77,7 @@ class PreparedRecords:
         return self.examples.where(index)
 
 
-def open_prepared(name: str, data_dir: str, split: str) -> tuple[PreparedRecords, int]:
+def open_prepared(name: str, data_dir: str, split: str) -> tuple[PreparedRecords, tuple[str, ...]]:
     """Opens one split of a TFDS data set; `digits` is prepared on first use.
 
     Args:
@@ -86,7 +86,7 @@ def open_prepared(name: str, data_dir: str, split: str) -> tuple[PreparedRecords
       split: a TFDS split, sub-splits included.
 
     Returns:
-      The records, and the number of classes.
+      The records, and the names of the classes.
 
     Raises:
       ValueError: no such data set, not prepared, neither as ArrayRecord nor as TFRecord, damaged or missing files, no
@@ -100,7 +100,7 @@ def open_prepared(name: str, data_dir: str, split: str) -> tuple[PreparedRecords
             f"data.name: {name!r} is no image classification set: expected the features 'image' (Image) and 'label' "
             f"(ClassLabel), it has {sorted(features)}."
         )
-    return PreparedRecords(features, open_examples(builder, split)), features["label"].num_classes
+    return PreparedRecords(features, open_examples(builder, split)), tuple(features["label"].names)
 
 
 def open_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:

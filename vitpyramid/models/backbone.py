@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import flax
@@ -102,6 +102,7 @@ class Backbone(nn.Module, kw_only=True):
       stages: blocks and what stands before them; with `after` they hold every parameter once.
       after: paths in `params` of what stands behind the last stage.
       strides: input pixels per cell of each level.
+      level_dims: channels of each level, unless they are the field `dims`.
       least_side: of images, in pixels.
       no_weight_decay: last parts of paths of parameters that are not decayed, besides vectors, which never are.
       position_tables: all of them.
@@ -153,6 +154,20 @@ class Backbone(nn.Module, kw_only=True):
         """Output of each stage's last block as a map, without norm, finest first; arguments as for logits."""
         return self.encode(images, train)[0]
 
+    @nn.nowrap
+    def dense(self, levels: Sequence[int]) -> "Backbone":
+        """The network as its paper put it under a head of dense prediction, for `features` alone.
+
+        Args:
+          levels: which of its levels the head reads, 0 the finest.
+        """
+        return self
+
+    @property
+    def level_dims(self) -> tuple[int, ...]:
+        """Channels of each level of the pyramid."""
+        return tuple(self.dims)
+
     @property
     def height_width(self) -> tuple[int, int]:
         """`image_size` in both directions."""
@@ -173,6 +188,11 @@ class Backbone(nn.Module, kw_only=True):
         """Rate of stochastic depth of each block, over all stages; zeros outside of training."""
         blocks = sum(len(stage.blocks) for stage in self.stages)
         return np.linspace(0, self.drop_path_rate if train else 0.0, blocks).tolist()
+
+    @nn.nowrap
+    def entrance_grids(self, height: int, width: int) -> dict[str, tuple[int, int]]:
+        """Grid of the tokens of each attention that stands before the first stage, by path, for images of this size."""
+        return {}
 
     @nn.nowrap
     def native_side(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:

@@ -19,10 +19,21 @@ def at_least_float32(dtype):
 
 
 def by_device(tpu, default, *arrays, **options):
+    """`tpu` where the program is lowered for one, else `default`; both are traced once for all arrays of one shape."""
     if tpu is default:
         return default(*arrays, **options)
-    tpu, default = (functools.partial(form, **options) for form in (tpu, default))
-    return jax.lax.platform_dependent(*arrays, tpu=tpu, default=default)
+    return _either(tpu, default, tuple(sorted(options.items())))(*arrays)
+
+
+@functools.cache
+def _either(tpu, default, options):
+    forms = [functools.partial(form, **dict(options)) for form in (tpu, default)]
+
+    def either(*arrays):
+        return jax.lax.platform_dependent(*arrays, tpu=forms[0], default=forms[1])
+
+    # A jitted function is what JAX keeps the program and the derivatives of.
+    return jax.jit(either, inline=True)
 
 
 def widening_convolution(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype) -> jax.Array:
@@ -208,7 +219,7 @@ def split_norm_linear(x: jax.Array, scale, shift, kernel, bias, split: tuple[int
 
 def split_norm_product(x, scale, shift, kernel, bias, split, dtype):
     window = split[0]
-    x = soft_split(x, *split).reshape(len(x), -1, len(kernel))
+    x = soft_split(x, *split).reshape(x.shape[0], -1, len(kernel))
     wide = x.astype(at_least_float32(dtype))
     mean = wide.mean(-1, keepdims=True)
     variance = jnp.square(wide - mean).mean(-1, keepdims=True)
@@ -238,4 +249,4 @@ def split_norm_convolution_tpu(x, scale, shift, kernel, bias, split, dtype):
     product = (product - mean * scaled.astype(wide).sum(0)) * jax.lax.rsqrt(variance + 1e-5)
     constant = jnp.dot(shift, kernel, precision="highest")
     product = product + (constant if bias is None else constant + bias)
-    return product.reshape(len(x), -1, features).astype(dtype)
+    return product.reshape(x.shape[0], -1, features).astype(dtype)

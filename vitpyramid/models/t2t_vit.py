@@ -20,7 +20,7 @@ from vitpyramid.models.backbone import Backbone, Level, PositionTable, Stage, Va
 from vitpyramid.models.layers import Mlp, PackedLinear, at_least_float32, linear, normal_init, torch_bias_init
 from vitpyramid.models.sharding import shard_batch
 from vitpyramid.models.stack import apply_blocks
-from vitpyramid.models.t2t_module import TokensToToken, token_grid
+from vitpyramid.models.t2t_module import TokensToToken, split_grids, token_grid
 
 
 def sinusoid(tokens: int, dim: int) -> np.ndarray:
@@ -163,6 +163,11 @@ class T2TViT(Backbone):
     no_weight_decay = ("cls_token",)
 
     @property
+    def level_dims(self) -> tuple[int, ...]:
+        """Of the one map there is."""
+        return (self.embed_dim,)
+
+    @property
     def stages(self) -> tuple[Stage, ...]:
         """One."""
         return (Stage(("tokens_to_token", "cls_token"), tuple(f"blocks_{j}" for j in range(self.depth))),)
@@ -171,6 +176,12 @@ class T2TViT(Backbone):
     def position_tables(self) -> tuple[PositionTable, ...]:
         """The sinusoid, which is not trained."""
         return (PositionTable("constants/pos_embed", token_grid(*self.height_width), extra=1),)
+
+    @nn.nowrap
+    def entrance_grids(self, height: int, width: int) -> dict[str, tuple[int, int]]:
+        """Those between the soft splits."""
+        paths = [f"tokens_to_token/attention{i}" for i in (1, 2)]
+        return {} if self.tokens_type == "convolution" else dict(zip(paths, split_grids(height, width), strict=False))
 
     def setup(self):
         self.norm = nn.LayerNorm(1e-5, self.dtype, use_fast_variance=False)
@@ -231,6 +242,14 @@ class T2TViTDense(T2TViT):
 
     groups: tuple[int, ...] = (3, 6, 6, 4)
     growth: int = 64
+
+    @property
+    def level_dims(self) -> tuple[int, ...]:
+        """What the last group ends with."""
+        dim = 2 * self.embed_dim
+        for depth in self.groups:
+            dim = dim // 2 + depth * self.growth
+        return (dim,)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
