@@ -12,17 +12,18 @@ PACKAGE = Path(vitpyramid.__file__).parent
 ALLOWED = {
     "models": set(),
     "data": set(),
-    "weights": {"models"},
-    "tasks": {"models", "data", "weights"},
-    "train": {"tasks", "models", "data", "weights", "configs"},
-    "evals": {"models"},
-    "tools": {"evals", "train", "tasks", "models", "data", "weights"},
+    "heads": {"models"},
+    "weights": {"models", "heads"},
+    "evals": {"models", "heads"},
+    "tasks": {"evals", "models", "heads", "data", "weights"},
+    "train": {"tasks", "models", "heads", "data", "weights", "configs"},
+    "tools": {"evals", "train", "tasks", "models", "heads", "data", "weights"},
     "cli": {"tools", "train", "tasks", "configs"},
     "configs": set(),
     "progress": set(),
     "files": set(),
     "convert": {"tools"},
-    "__init__": {"models", "weights", "train"},
+    "__init__": {"models", "heads", "weights", "train"},
 }
 COMMON = {"progress", "files"}
 

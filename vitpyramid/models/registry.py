@@ -6,6 +6,7 @@ import fnmatch
 import math
 import numbers
 import re
+from collections.abc import Collection, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -27,23 +28,28 @@ def list_models(pattern: str = "") -> list[str]:
     Raises:
       ValueError: there is none.
     """
+    return names_like(pattern, VARIANTS)
+
+
+def names_like(pattern: str, known: Collection[str]) -> list[str]:
+    """Those of the names known that `list_models` gives for a pattern."""
     shape = pattern if set(pattern) & set("*?[") else f"{pattern}*"
-    names = [name for name in VARIANTS if fnmatch.fnmatchcase(name, shape)]
+    names = [name for name in known if fnmatch.fnmatchcase(name, shape)]
     if not names:
-        raise ValueError(f"no model is called {pattern!r}; {_suggestion(pattern)}")
+        raise ValueError(f"no model is called {pattern!r}; {suggestion(pattern, known)}")
     return names
 
 
 def get_variant(name: str) -> Variant:
     """Facts about the network called `name`. Raises `ValueError` with the nearest names if there is none."""
     if name not in VARIANTS:
-        raise ValueError(f"unknown model {name!r}; {_suggestion(str(name))}")
+        raise ValueError(f"unknown model {name!r}; {suggestion(str(name), VARIANTS)}")
     return VARIANTS[name]
 
 
-def _suggestion(name: str) -> str:
+def suggestion(name: str, known: Collection[str]) -> str:
     """What to say of a name or pattern that fits nothing: the nearest names, whatever their case and separators."""
-    plain = {_plain(known): known for known in VARIANTS}
+    plain = {_plain(name): name for name in known}
     alike = fnmatch.filter(plain, f"{_plain(name)}*")[:3] if any(map(str.isalnum, name)) else []
     near = [plain[match] for match in alike or difflib.get_close_matches(_plain(name), plain, n=3)]
     return "expected one of list_models()" + (f", such as {', '.join(near)}" if near else "")
@@ -133,13 +139,19 @@ def create_model(name: str, **overrides) -> Backbone:
     """
     model = get_variant(name).model
     fields = [f.name for f in dataclasses.fields(model) if f.name not in ("name", "parent")]
-    for key, value in overrides.items():
+    for key in overrides:
         if key not in fields:
             raise TypeError(f"{name} has no option {key!r}; expected one of {', '.join(fields)}")
+    check_options(overrides)
+    return model.clone(**overrides)
+
+
+def check_options(overrides: Mapping) -> None:
+    """Raises `ValueError` for an option that every network has with a value that none can have."""
+    for key, value in overrides.items():
         allows, expected = _OPTIONS.get(key, (None, ""))
         if allows and not allows(value):
             raise ValueError(f"{key} = {value!r}: expected {expected}")
-    return model.clone(**overrides)
 
 
 def _is_count(value) -> bool:
