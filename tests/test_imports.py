@@ -12,6 +12,7 @@ PACKAGE = Path(vitpyramid.__file__).parent
 ALLOWED = {
     "models": set(),
     "data": set(),
+    "heads": {"models"},
     "weights": {"models"},
     "tasks": {"models", "data", "weights"},
     "train": {"tasks", "models", "data", "weights"},

@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from vitpyramid.models.registry import create_model, list_models
+from vitpyramid.heads.registry import create_model, list_models
 from vitpyramid.weights import load_pretrained
 
 __all__ = ["__version__", "create_model", "list_models", "load_pretrained"]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import flax
@@ -152,6 +152,15 @@ class Backbone(nn.Module, kw_only=True):
     def features(self, images: jax.Array, train: bool = False) -> tuple[Level, ...]:
         """Output of each stage's last block as a map, without norm, finest first; arguments as for logits."""
         return self.encode(images, train)[0]
+
+    @nn.nowrap
+    def dense(self, levels: Sequence[int]) -> "Backbone":
+        """The network as its paper put it under a head of dense prediction, for `features` alone.
+
+        Args:
+          levels: which of its levels the head reads, 0 the finest.
+        """
+        return self
 
     @property
     def height_width(self) -> tuple[int, int]:

@@ -132,10 +132,36 @@ normal_init = _initialiser(jax.random.normal, lambda numbers, shape: numbers * 0
 torch_kernel_init = _initialiser(jax.random.uniform, _fan_in_uniform)
 
 
+def gaussian(std: float):
+    """Normal with this standard deviation."""
+    return _initialiser(jax.random.normal, lambda numbers, shape: numbers * std)
+
+
+def _fans(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Inputs of one output of a kernel `[..., in, out]`, and outputs of one input."""
+    return math.prod(shape[:-1]), math.prod(shape[:-2]) * shape[-1]
+
+
+def _uniform_within(numbers: jax.Array, bound: float) -> jax.Array:
+    return _between(numbers, -bound, bound)
+
+
+# Glorot and Bengio's, of kernels [..., in, out]: PyTorch's `xavier_uniform_`.
+xavier_uniform = _initialiser(
+    jax.random.uniform, lambda numbers, shape: _uniform_within(numbers, math.sqrt(6 / sum(_fans(shape))))
+)
+# PyTorch's `kaiming_uniform_(a=1)`, which detectron2 calls Xavier's.
+fan_in_uniform = _initialiser(
+    jax.random.uniform, lambda numbers, shape: _uniform_within(numbers, math.sqrt(3 / _fans(shape)[0]))
+)
+# PyTorch's `kaiming_normal_(mode="fan_out", nonlinearity="relu")`.
+fan_out_normal = _initialiser(jax.random.normal, lambda numbers, shape: numbers * math.sqrt(2 / _fans(shape)[1]))
+
+
 def torch_bias_init(fan_in: int):
     """PyTorch's default for biases of Linear and Conv: uniform in +-1 / sqrt(fan_in)."""
     bound = fan_in**-0.5
-    return _initialiser(jax.random.uniform, lambda numbers, shape: _between(numbers, -bound, bound))
+    return _initialiser(jax.random.uniform, lambda numbers, shape: _uniform_within(numbers, bound))
 
 
 def init(module: nn.Module, rngs, images, train: bool, method) -> dict:

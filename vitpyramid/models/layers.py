@@ -181,6 +181,15 @@ def resize_positions(table: jax.Array, grid: tuple[int, int], new_grid: tuple[in
     return resized.reshape(1, -1, dim)
 
 
+def resize(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """`[B, h, w, C]` -> `[B, *size, C]`, bilinear: PyTorch's `interpolate(align_corners=False)`, no antialiasing."""
+    for axis, length in enumerate(size, start=1):
+        if length != x.shape[axis]:
+            weights = jnp.asarray(_resampling(x.shape[axis], length, _bilinear_weight), x.dtype)
+            x = jnp.einsum("Hh,bhwc->bHwc" if axis == 1 else "Ww,bhwc->bhWc", weights, x)
+    return x
+
+
 def _bilinear_weight(distance: np.ndarray) -> np.ndarray:
     return np.maximum(1 - distance, 0)
 

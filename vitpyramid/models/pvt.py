@@ -8,6 +8,7 @@ is the wrong table at 112 x 448 and a crash at 448 x 448. Here every table is re
 
 import functools
 import itertools
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -72,6 +73,7 @@ class PVT(Backbone):
 
     Attributes:
       depths, dims, heads, mlp_ratios, sr_ratios: per stage, Table 1 of the paper (depths as in the code and weights).
+      class_token: whether there is one. Without it there are no logits, and the last position table keeps its row.
     """
 
     depths: tuple[int, ...]
@@ -79,6 +81,7 @@ class PVT(Backbone):
     heads: tuple[int, ...] = (1, 2, 5, 8)
     mlp_ratios: tuple[int, ...] = (8, 8, 4, 4)
     sr_ratios: tuple[int, ...] = (8, 4, 2, 1)
+    class_token: bool = True
 
     signature = "pos_embed1"
     strides = (4, 8, 16, 32)
@@ -90,7 +93,7 @@ class PVT(Backbone):
     def stages(self) -> tuple[Stage, ...]:
         """The class token stands before the last."""
         entrances = [(f"patch_embed{s}", f"pos_embed{s}") for s in range(1, len(self.depths) + 1)]
-        entrances[-1] += ("cls_token",)
+        entrances[-1] += ("cls_token",) if self.class_token else ()
         return tuple(
             Stage(before, tuple(f"block{s}_{j}" for j in range(depth)))
             for s, (before, depth) in enumerate(zip(entrances, self.depths, strict=True), start=1)
@@ -106,18 +109,23 @@ class PVT(Backbone):
             for s, stride in enumerate(self.strides)
         )
 
+    @nn.nowrap
+    def dense(self, levels: Sequence[int]) -> "PVT":
+        """Without a class token (`detection/pvt.py`, `segmentation/pvt.py`)."""
+        return self.clone(class_token=False)
+
     def setup(self):
         self.norm = nn.LayerNorm(1e-6, self.dtype, use_fast_variance=False)
         self.head = nn.Dense(self.num_classes, dtype=at_least_float32(self.dtype), kernel_init=normal_init)
 
     @nn.compact
-    def encode(self, images: jax.Array, train: bool) -> tuple[tuple[Level, ...], jax.Array]:
+    def encode(self, images: jax.Array, train: bool) -> tuple[tuple[Level, ...], jax.Array | None]:
         """The pyramid and the class token `[B, C]`."""
         self.check_images(images)
         drop_rate = self.drop_rate if train else 0.0
         drop_paths = iter(self.drop_paths(train))
 
-        levels = []
+        levels, class_token = [], None
         x = images
         for s, (depth, dim, native) in enumerate(zip(self.depths, self.dims, self.position_tables, strict=True), 1):
             patch = 4 if s == 1 else 2
@@ -128,7 +136,8 @@ class PVT(Backbone):
             slots = native.extra + native.grid[0] * native.grid[1]
             table = self.param(f"pos_embed{s}", normal_init, (1, slots, dim))
             positions = resize_positions(table[:, native.extra :], native.grid, grid, self.resize_method)
-            if s == len(self.depths):
+            has_token = self.class_token and s == len(self.depths)
+            if has_token:
                 class_token = self.param("cls_token", normal_init, (1, 1, dim))
                 class_token = jnp.broadcast_to(class_token, (b, 1, dim)).astype(self.dtype)
                 x = jnp.concatenate([class_token, x], axis=1)  # [B, 1 + h * w, C]
@@ -144,8 +153,9 @@ class PVT(Backbone):
             }
             rates = list(itertools.islice(drop_paths, depth))
             x = apply_blocks(Block, fields, x, rates, f"block{s}", self.remat, self.scan)
-            class_token = x[:, 0]
-            x = x[:, native.extra :].reshape(b, *grid, dim)
+            if has_token:
+                class_token, x = x[:, 0], x[:, 1:]
+            x = x.reshape(b, *grid, dim)
             levels.append(Level(x, self.strides[s - 1]))
         return tuple(levels), class_token
 

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import numbers
+from collections.abc import Collection, Mapping
 
 import jax.numpy as jnp
 
@@ -21,9 +22,14 @@ def list_models(prefix: str = "") -> list[str]:
 def get_variant(name: str) -> Variant:
     """Facts about the network called `name`. Raises `ValueError` with the nearest names if there is none."""
     if name not in VARIANTS:
-        near = difflib.get_close_matches(str(name), VARIANTS, n=3) or list(VARIANTS)
-        raise ValueError(f"unknown model {name!r}; expected one of list_models(), such as {', '.join(near)}")
+        raise unknown(name, VARIANTS)
     return VARIANTS[name]
+
+
+def unknown(name: str, known: Collection[str]) -> ValueError:
+    """The error for a name that is not among those known."""
+    near = difflib.get_close_matches(str(name), known, n=3) or list(known)
+    return ValueError(f"unknown model {name!r}; expected one of list_models(), such as {', '.join(near)}")
 
 
 def create_model(name: str, **overrides) -> Backbone:
@@ -44,13 +50,19 @@ def create_model(name: str, **overrides) -> Backbone:
     """
     model = get_variant(name).model
     fields = [f.name for f in dataclasses.fields(model) if f.name not in ("name", "parent")]
-    for key, value in overrides.items():
+    for key in overrides:
         if key not in fields:
             raise TypeError(f"{name} has no option {key!r}; expected one of {', '.join(fields)}")
+    check_options(overrides)
+    return model.clone(**overrides)
+
+
+def check_options(overrides: Mapping) -> None:
+    """Raises `ValueError` for an option that every network has with a value that none can have."""
+    for key, value in overrides.items():
         allows, expected = _OPTIONS.get(key, (None, ""))
         if allows and not allows(value):
             raise ValueError(f"{key} = {value!r}: expected {expected}")
-    return model.clone(**overrides)
 
 
 def _is_count(value) -> bool:

@@ -12,6 +12,7 @@ batch, so that it has no variance: `ValueError`, as in PyTorch.
 
 import functools
 import itertools
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -210,6 +211,7 @@ class ResT(Backbone):
       depths, dims: number of blocks and width of tokens, per stage.
       heads, mlp_ratios, sr_ratios: of the blocks, per stage. Stages of one head have plain softmax attention.
       freeze_statistics: batch norm keeps to its running statistics in training.
+      normed: stages, 0 the first, whose output is normed before it is a level and before the next stage takes it.
     """
 
     depths: tuple[int, ...]
@@ -218,6 +220,7 @@ class ResT(Backbone):
     mlp_ratios: tuple[int, ...] = (4, 4, 4, 4)
     sr_ratios: tuple[int, ...] = (8, 4, 2, 1)
     freeze_statistics: bool = False
+    normed: tuple[int, ...] = ()
 
     signature = "patch_embedding_2/conv/kernel"
     strides = (4, 8, 16, 32)
@@ -225,11 +228,21 @@ class ResT(Backbone):
     @property
     def stages(self) -> tuple[Stage, ...]:
         """Each behind its embedding."""
-        entrances = ["stem", *(f"patch_embedding_{s}" for s in range(2, len(self.depths) + 1))]
+        entrances = [("stem",), *((f"patch_embedding_{s}",) for s in range(2, len(self.depths) + 1))]
+        for s in set(self.normed) - {len(self.depths) - 1}:
+            entrances[s + 1] = (f"norm{s + 1}", *entrances[s + 1])
         return tuple(
-            Stage((before,), tuple(f"stage{s}_{j}" for j in range(depth)))
+            Stage(before, tuple(f"stage{s}_{j}" for j in range(depth)))
             for s, (before, depth) in enumerate(zip(entrances, self.depths, strict=True), start=1)
         )
+
+    @nn.nowrap
+    def dense(self, levels: Sequence[int]) -> "ResT":
+        """A norm behind every stage that is read, which the next stage takes as well (`d2/rest.py`).
+
+        It is another function of the image than the classifier, and another one for other levels.
+        """
+        return self.clone(normed=tuple(levels))
 
     def setup(self):
         self.norm = nn.LayerNorm(1e-5, self.dtype, use_fast_variance=False)
@@ -268,6 +281,8 @@ class ResT(Backbone):
             rates = list(itertools.islice(drop_paths, depth))
             x = apply_blocks(Block, fields, x, rates, f"stage{s}", self.remat, self.scan)
             x = x.reshape(b, *grid, dim)
+            if s - 1 in self.normed:
+                x = self.norm(x) if s == len(self.depths) else layer_norm(1e-5, self.dtype, f"norm{s}")(x)
             levels.append(Level(x, self.strides[s - 1]))
         return tuple(levels), x
 

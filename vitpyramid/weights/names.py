@@ -100,11 +100,11 @@ def flax_to_torch(name: str, variables: Mapping) -> dict[str, np.ndarray]:
 
 def torch_name(path: Path) -> str:
     *modules, leaf = path[1:] or path  # path[0] is the collection
-    modules = [TORCH_MODULE.get(module) or re.sub(r"_(\d+)$", r".\1", module) for module in modules]
+    modules = [TORCH_MODULE.get(module) or re.sub(r"_(\d+)(?=$|_\d)", r".\1", module) for module in modules]
     return ".".join([*modules, TORCH_LEAF.get(leaf, leaf)])
 
 
-def _torch_axes(path: Path, ndim: int) -> tuple[int, ...]:
+def torch_axes(path: Path, ndim: int) -> tuple[int, ...]:
     """Axes of the Flax array at `path`, in PyTorch's order."""
     return TORCH_AXES.get((path[-1], ndim)) or tuple(range(ndim))
 
@@ -112,22 +112,22 @@ def _torch_axes(path: Path, ndim: int) -> tuple[int, ...]:
 def in_torch(shapes: Mapping[Path, tuple[int, ...]]) -> Shapes:
     """Shapes by PyTorch name, in PyTorch's layout, of Flax ones by path."""
     return {
-        torch_name(path): tuple(shape[axis] for axis in _torch_axes(path, len(shape))) for path, shape in shapes.items()
+        torch_name(path): tuple(shape[axis] for axis in torch_axes(path, len(shape))) for path, shape in shapes.items()
     }
 
 
 def _flax_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of the Flax array at `path` (joined by "/") of a PyTorch array."""
-    return tuple(shape[axis] for axis in np.argsort(_torch_axes(tuple(path.split("/")), len(shape))))
+    return tuple(shape[axis] for axis in np.argsort(torch_axes(tuple(path.split("/")), len(shape))))
 
 
 def _to_torch(path: Path, array: np.ndarray) -> np.ndarray:
-    return np.array(array.transpose(_torch_axes(path, array.ndim)), order="C")
+    return np.array(array.transpose(torch_axes(path, array.ndim)), order="C")
 
 
 def from_torch(path: Path, array: np.ndarray) -> np.ndarray:
     """A PyTorch array in the layout of the Flax array at `path`: a view."""
-    return array.transpose(np.argsort(_torch_axes(path, array.ndim)))
+    return array.transpose(np.argsort(torch_axes(path, array.ndim)))
 
 
 def network_of(name: str, torch_shapes: Shapes) -> dict:

@@ -1,0 +1,57 @@
+"""A network for dense prediction: a backbone and what stands on it."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vitpyramid.models import initialisers
+from vitpyramid.models.backbone import Backbone, Level, Stage
+
+
+class DenseNetwork(nn.Module, kw_only=True):
+    """A backbone and what stands on it.
+
+    Images are a canvas `[B, H, W, 3]`: normalised, then padded with zeros on the right and below. `sizes` `[B, 2]` are
+    heights and widths of the images in it; None: they fill it.
+
+    Attributes:
+      backbone: as `Backbone.dense` gives it.
+      levels: which of its levels are read, 0 the finest.
+      num_classes: without background.
+      dtype: of the heads' activations and products; logits, boxes and losses are at least float32.
+    """
+
+    backbone: Backbone
+    levels: tuple[int, ...]
+    num_classes: int = 80
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.nowrap
+    def init(self, rngs, images: jax.Array, train: bool = False, method: str | None = None) -> dict:
+        """As `Backbone.init`."""
+        return initialisers.init(self, rngs, images, train, method)
+
+    @staticmethod
+    def levels_of(strides: Sequence[int]) -> tuple[int, ...]:
+        """Which levels of a backbone with these strides are read."""
+        return tuple(range(len(strides)))
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The backbone's."""
+        return tuple(
+            Stage(*(tuple(f"backbone/{path}" for path in paths) for paths in (stage.before, stage.blocks)))
+            for stage in self.backbone.stages
+        )
+
+    @property
+    def no_weight_decay(self) -> tuple[str, ...]:
+        """The backbone's."""
+        return self.backbone.no_weight_decay
+
+    def pyramid(self, images: jax.Array, train: bool = False) -> tuple[Level, ...]:
+        """The neck's levels, `[B, h, w, C]`, finest first."""
+        levels = self.backbone.features(images, train)
+        return self.neck([levels[i] for i in self.levels])

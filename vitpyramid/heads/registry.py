@@ -1,0 +1,96 @@
+"""Networks by name: the backbones, and the heads that stand on them."""
+
+import dataclasses
+from typing import Any
+
+from vitpyramid.heads import mask_rcnn, retinanet
+from vitpyramid.heads.mask_rcnn import MaskRCNN
+from vitpyramid.heads.network import DenseNetwork
+from vitpyramid.heads.retinanet import RetinaNet
+from vitpyramid.heads.semantic_fpn import SemanticFPN
+from vitpyramid.models import registry
+from vitpyramid.models.backbone import Backbone
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseVariant:
+    """One named network for dense prediction.
+
+    Attributes:
+      network: class of its heads.
+      backbone: name of what they stand on.
+      options: of both, beyond their defaults.
+    """
+
+    network: type[DenseNetwork]
+    backbone: str
+    options: dict[str, Any]
+
+
+# Drop path of PVT's detection/pvt.py (segmentation/pvt.py has .1 for all) and of ResT's d2/rest.py.
+_PVT_DROP_PATH = {"tiny": 0.1, "small": 0.1, "medium": 0.0, "large": 0.0}
+_REST_DROP_PATH = {"small": 0.1, "base": 0.2, "large": 0.2}
+
+
+def _standing_on(family: str, drop_paths: dict[str, float], prefix: str, network: type, **options):
+    return {
+        f"{prefix}_{family}_{size}": DenseVariant(network, f"{family}_{size}", {"drop_path_rate": rate, **options})
+        for size, rate in drop_paths.items()
+    }
+
+
+DENSE: dict[str, DenseVariant] = {
+    **_standing_on("pvt", _PVT_DROP_PATH, "retinanet", RetinaNet),
+    **_standing_on("rest", _REST_DROP_PATH, "retinanet", RetinaNet, **retinanet.DETECTRON2),
+    **_standing_on("pvt", _PVT_DROP_PATH, "mask_rcnn", MaskRCNN),
+    **_standing_on("rest", _REST_DROP_PATH, "mask_rcnn", MaskRCNN, **mask_rcnn.DETECTRON2),
+    **_standing_on("pvt", dict.fromkeys(_PVT_DROP_PATH, 0.1), "semantic_fpn", SemanticFPN),
+}
+
+
+def list_models(prefix: str = "") -> list[str]:
+    """Names that `create_model` knows, in the papers' order, optionally only those that start with `prefix`."""
+    return [*registry.list_models(prefix), *(name for name in DENSE if name.startswith(prefix))]
+
+
+def create_model(name: str, backbone: str | Backbone | None = None, **overrides) -> Backbone | DenseNetwork:
+    """The network called `name`, as a Flax module without weights.
+
+    Args:
+      name: one of `list_models()`.
+      backbone: of a network for dense prediction, what its heads stand on: a name, or a module; None: its own.
+      **overrides: fields of the family's module to change, e.g. `num_classes`, `dtype`, `drop_path_rate`, `image_size`.
+        Of a network for dense prediction: fields of the heads' module, and of the backbone's where the heads have no
+        such field; `dtype` goes to both.
+
+    Returns:
+      A module. `model.init(rng, images)` makes variables for images `[B, H, W, 3]`, normalised floats; what
+      `model.apply(variables, images)` gives, the module's class says: logits `[B, num_classes]` of a `Backbone`,
+      `Detections` of detectors, logits `[B, h, w, num_classes]` of segmenters.
+
+    Raises:
+      ValueError: unknown `name` or `backbone`; an option with a value that none can have.
+      TypeError: an override that neither has; a backbone under a network that is one.
+    """
+    if name not in list_models():
+        raise registry.unknown(name, list_models())
+    if name not in DENSE:
+        if backbone is not None:
+            raise TypeError(f"{name} has no option 'backbone'")
+        return registry.create_model(name, **overrides)
+    variant = DENSE[name]
+    options = variant.options | overrides
+    of_heads = {f.name for f in dataclasses.fields(variant.network)} - {"name", "parent", "backbone", "levels"}
+    heads = {key: value for key, value in options.items() if key in of_heads}
+    below = {key: value for key, value in options.items() if key not in of_heads or key == "dtype"}
+    if backbone is not None and "drop_path_rate" not in overrides:
+        below.pop("drop_path_rate", None)
+    if not isinstance(backbone, Backbone):
+        backbone = registry.create_model(backbone or variant.backbone)
+    of_backbone = {f.name for f in dataclasses.fields(backbone)} - {"name", "parent", "num_classes"}
+    if unknown := below.keys() - of_backbone:
+        raise TypeError(f"{name} has no option {min(unknown)!r}; expected one of {', '.join(of_heads | of_backbone)}")
+    registry.check_options(options)
+    network = backbone.clone(**below)
+    levels = variant.network.levels_of(network.strides)
+    return variant.network(backbone=network.dense(levels), levels=levels, **heads)

@@ -1,0 +1,127 @@
+"""Variables of networks for dense prediction in the names of mmdetection, mmsegmentation or detectron2, and back.
+
+The rule of `names` and, over it, whole prefixes. mmdetection's names are ours, with `.conv` behind what is a list of
+convolutions. Three arrays have another form in PyTorch:
+
+    shared_fcs_0/kernel  [h, w, in, out]   a matrix [out, in * h * w]: maps are flattened channel-first there
+    upsample/kernel      [h, w, in, out]   a transposed convolution's [in, out, h, w]
+    loss_normaliser                        detectron2 keeps it in no file: 100 on the way in
+"""
+
+import functools
+import re
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from vitpyramid.heads.network import DenseNetwork
+from vitpyramid.weights import names
+from vitpyramid.weights.names import Path
+
+NORMALISER = ("batch_stats", "loss_normaliser")
+
+
+def from_state_dict(model: DenseNetwork, state_dict: Mapping) -> dict:
+    """Variables of `model` from a PyTorch state dict, or from anything else that has an array for every parameter.
+
+    Args:
+      model: whose `library` says whose names these are. It has the number of classes, the width of the heads and the
+        image size (of position tables) of the state dict.
+      state_dict: arrays by PyTorch name, in PyTorch layout.
+
+    Returns:
+      `{"params": nested dict of numpy arrays, ...}`: copies, each in the dtype it came in.
+
+    Raises:
+      ValueError: missing keys, unexpected keys, wrong shapes (the message lists them).
+    """
+    arrays = {k: np.asarray(value) for k, value in state_dict.items() if not k.endswith(f".{names.COUNTER}")}
+    shapes = _shapes(model)
+    expected = {torch_name(model, path): _torch_shape(path, shape) for path, shape in shapes.items()}
+    found = {key: array.shape for key, array in arrays.items()}
+    if problems := names.compare(found, expected):
+        listed = names.describe(problems, found, expected)
+        raise ValueError(f"these are not the parameters of this {type(model).__name__}\n{listed}")
+    flat = {path: _from_torch(path, arrays[torch_name(model, path)], shape) for path, shape in shapes.items()}
+    if _has_normaliser(model):
+        flat[NORMALISER] = np.array(100.0, np.float32)
+    return traverse_util.unflatten_dict(flat)
+
+
+def to_state_dict(model: DenseNetwork, variables: Mapping) -> dict[str, np.ndarray]:
+    """PyTorch state dict of `model`; inverse of `from_state_dict`, bit for bit, but for the normaliser of losses."""
+    flat = traverse_util.flatten_dict(variables)
+    flat.pop(NORMALISER, None)
+    state_dict = {torch_name(model, path): _to_torch(path, np.asarray(value)) for path, value in flat.items()}
+    means = [key for key in state_dict if key.endswith(".running_mean")]
+    return state_dict | {key.replace("running_mean", names.COUNTER): np.zeros((), np.int64) for key in means}
+
+
+def torch_name(model: DenseNetwork, path: Path) -> str:
+    """PyTorch's name of the variable at a path, collection first."""
+    name = names.torch_name(path)
+    if model.library != "detectron2":
+        return re.sub(r"((?:\w+_)?convs\.\d+)\.", r"\1.conv.", name)
+    prefixes = _detectron2(tuple(model.backbone.strides[i] for i in model.levels))
+    first = next(prefix for prefix in prefixes if name.startswith(prefix + "."))
+    return prefixes[first] + name.removeprefix(first)
+
+
+@functools.lru_cache
+def _detectron2(strides: tuple[int, ...]) -> dict[str, str]:
+    """detectron2's prefixes by ours, of a network whose FPN reads these strides: a level is called by its octave."""
+    first, read = round(np.log2(strides[0])), len(strides)
+    roi = "roi_heads.mask_head."
+    return {
+        **{f"neck.lateral_convs.{i}": f"backbone.fpn_lateral{first + i}" for i in range(read)},
+        **{f"neck.fpn_convs.{i}": f"backbone.fpn_output{first + i}" for i in range(read)},
+        **{f"neck.fpn_convs.{i}": f"backbone.top_block.p{first + i}" for i in range(read, read + 2)},
+        "backbone": "backbone.bottom_up",
+        **{f"bbox_head.cls_convs.{i}": f"head.cls_subnet.{2 * i}" for i in range(4)},
+        **{f"bbox_head.reg_convs.{i}": f"head.bbox_subnet.{2 * i}" for i in range(4)},
+        "bbox_head.retina_cls": "head.cls_score",
+        "bbox_head.retina_reg": "head.bbox_pred",
+        "rpn_head.rpn_conv": "proposal_generator.rpn_head.conv",
+        "rpn_head.rpn_cls": "proposal_generator.rpn_head.objectness_logits",
+        "rpn_head.rpn_reg": "proposal_generator.rpn_head.anchor_deltas",
+        "roi_head.bbox_head.shared_fcs.0": "roi_heads.box_head.fc1",
+        "roi_head.bbox_head.shared_fcs.1": "roi_heads.box_head.fc2",
+        "roi_head.bbox_head.fc_cls": "roi_heads.box_predictor.cls_score",
+        "roi_head.bbox_head.fc_reg": "roi_heads.box_predictor.bbox_pred",
+        **{f"roi_head.mask_head.convs.{i}": f"{roi}mask_fcn{i + 1}" for i in range(4)},
+        "roi_head.mask_head.upsample": f"{roi}deconv",
+        "roi_head.mask_head.conv_logits": f"{roi}predictor",
+    }
+
+
+def _shapes(model: DenseNetwork) -> dict[Path, tuple[int, ...]]:
+    """Of all that is in files, by path."""
+    images = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
+    flat = traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0), images))
+    return {path: leaf.shape for path, leaf in flat.items() if path != NORMALISER}
+
+
+def _has_normaliser(model: DenseNetwork) -> bool:
+    return getattr(model, "normaliser", "") == "moving"
+
+
+def _axes(path: Path, ndim: int) -> tuple[int, ...]:
+    return (2, 3, 0, 1) if path[-2:] == ("upsample", "kernel") else names.torch_axes(path, ndim)
+
+
+def _torch_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
+    shape = tuple(shape[axis] for axis in _axes(path, len(shape)))
+    return (shape[0], int(np.prod(shape[1:]))) if path[-2] == "shared_fcs_0" and len(shape) > 1 else shape
+
+
+def _to_torch(path: Path, array: np.ndarray) -> np.ndarray:
+    turned = array.transpose(_axes(path, array.ndim))
+    return np.array(turned.reshape(_torch_shape(path, array.shape)), order="C")
+
+
+def _from_torch(path: Path, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    axes = _axes(path, len(shape))
+    turned = array.reshape([shape[axis] for axis in axes]).transpose(np.argsort(axes))
+    return np.array(turned, order="C")
