@@ -192,7 +192,8 @@ def main():
     for name, milliseconds in best_of_rounds(args, alone, min).items():
         print(f"{name:26s}{milliseconds:8.3f} ms of CPU an image, {1000 / milliseconds:6.0f} images/s/core")
 
-    source = data.Source("photos", "train", 1000, SyntheticRecords(range(SIZES["train"]), files))
+    names = tuple(map(str, range(1000)))
+    source = data.Source("photos", "train", names, SyntheticRecords(range(SIZES["train"]), files))
     dataset = TorchImages(files, timm_transform(POLICY))
     loaders = {
         "loader, here": lambda: rates(args, our_batches(args, config, source)),

@@ -10,7 +10,7 @@ the average that their code keeps beside them is kept here as well. Options, all
 
 from ml_collections import ConfigDict
 
-from configs import base, recipes
+from vitpyramid.configs import base, recipes
 
 VARIANTS = ("tiny", "small", "base")
 

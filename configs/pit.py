@@ -20,7 +20,7 @@ description and not from code. Options, all with `--config.init=WEIGHTS`: `,fine
 
 from ml_collections import ConfigDict
 
-from configs import base, recipes
+from vitpyramid.configs import base, recipes
 
 VARIANTS = ("ti", "xs", "s", "b")
 SETTINGS = ("vanilla", "cutmix", "deit", "distill")

@@ -9,7 +9,7 @@ used 8 GPUs. Options, all with `--config.init=WEIGHTS`: `,finetune=384` (DeiT's 
 
 from ml_collections import ConfigDict
 
-from configs import base, recipes
+from vitpyramid.configs import base, recipes
 
 VARIANTS = ("tiny", "small", "medium", "large")
 

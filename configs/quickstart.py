@@ -10,7 +10,7 @@ After the colon a family: pvt (the default), pit, t2t_vit or rest, each with its
 
 from ml_collections import ConfigDict
 
-from configs import base
+from vitpyramid.configs import base
 
 FAMILIES = ("pvt", "pit", "t2t_vit", "rest")
 

@@ -10,7 +10,7 @@ batch. Warm-up and final rate grow with the batch too. Options, all with
 
 from ml_collections import ConfigDict
 
-from configs import base, recipes
+from vitpyramid.configs import base, recipes
 
 VARIANTS = {"lite": 0.1, "small": 0.1, "base": 0.2, "large": 0.3}  # drop path
 

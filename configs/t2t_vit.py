@@ -16,7 +16,7 @@ of a network trained at that size from the start: `:14 --config.data.image_size=
 
 from ml_collections import ConfigDict
 
-from configs import base, recipes
+from vitpyramid.configs import base, recipes
 
 LITE, LARGE = ("7", "10", "12"), ("19", "24", "t_19", "t_24")
 STUDIES = ("14_resnext", "14_wide", "14_se", "16_ghost", "dense", "c_14")

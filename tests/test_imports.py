@@ -15,12 +15,14 @@ ALLOWED = {
     "heads": {"models"},
     "weights": {"models"},
     "tasks": {"models", "data", "weights"},
-    "train": {"tasks", "models", "data", "weights"},
+    "train": {"tasks", "models", "data", "weights", "configs"},
     "tools": {"train", "tasks", "models", "data", "weights"},
+    "cli": {"tools", "train", "tasks", "configs"},
+    "configs": set(),
     "progress": set(),
     "files": set(),
     "convert": {"tools"},
-    "__init__": {"models", "weights"},
+    "__init__": {"models", "weights", "train"},
 }
 COMMON = {"progress", "files"}
 
@@ -41,6 +43,7 @@ def test_imports_point_one_way():
         for name in imported(path):
             top, *rest = name.split(".")
             assert top not in ("main", "configs"), f"{path} imports {name}"
+            assert not name.startswith("vitpyramid.configs."), f"{path} imports {name}"
             if top == "vitpyramid" and rest:
                 assert rest[0] in ALLOWED[room] | COMMON | {room}, f"{path} imports {name}"
 

@@ -29,6 +29,7 @@ from vitpyramid.models.registry import create_model, get_variant, list_models
 from vitpyramid.models.stack import is_stacked, stack_blocks, unstack_blocks
 from vitpyramid.train.optim import decay_mask
 from vitpyramid.weights import flax_to_torch, torch_to_flax
+from vitpyramid.weights.names import is_behind
 
 SIZES = [(224, 224), (192, 256), (225, 225), (200, 232), (256, 832), (384, 384), (448, 448), (100, 167), (32, 47)]
 named = pytest.mark.parametrize("name", list_models())
@@ -106,8 +107,7 @@ def test_levels_in_bfloat16(name):
     images = jax.ShapeDtypeStruct((2, 192, 256, 3), jnp.bfloat16)
     levels = jax.eval_shape(functools.partial(model.apply, method="features"), variables_of(name), images)
     assert tuple(level.stride for level in levels) == model.strides == tuple(sorted(set(model.strides)))
-    width = {"t2t_vit_dense": 584}.get(name) or getattr(model, "dim", None) or getattr(model, "embed_dim", None)
-    assert tuple(level.x.shape[-1] for level in levels) == (getattr(model, "dims", None) or (width,))
+    assert tuple(level.x.shape[-1] for level in levels) == model.level_dims
     assert all(level.x.dtype == jnp.bfloat16 and level.x.shape[0] == 2 for level in levels)
     logits = jax.eval_shape(model.apply, variables_of(name), images)
     assert (logits.shape, logits.dtype) == ((2, model.num_classes), jnp.float32)
@@ -126,6 +126,23 @@ GRIDS = {
     "deit": lambda side: [side // 16],
     "regnety": lambda side: [halved(side, times) for times in (2, 3, 4, 5)],
 }
+
+
+@pytest.mark.parametrize("kind", [*GRIDS, "t2t_transformer", "t2t_convolution", "t2t_dense"])
+def test_the_number_of_images_may_be_left_open(kind):
+    """As an export does."""
+    model, (batch,) = NARROW[kind], jax.export.symbolic_shape("batch")
+    images = jax.ShapeDtypeStruct((batch, 64, 64, 3), jnp.float32)
+    assert jax.eval_shape(model.apply, shapes_of(model), images).shape == (batch, 5)
+
+
+@pytest.mark.parametrize("kind", GRIDS)
+def test_what_features_read_is_what_stands_before_the_end(kind):
+    model = NARROW[kind]
+    images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    read = jax.eval_shape(lambda images: model.init(jax.random.key(0), images, method="features"), images)
+    paths = traverse_util.flatten_dict(shapes_of(model))
+    assert traverse_util.flatten_dict(read).keys() == {path for path in paths if not is_behind(model, path)}
 
 
 @pytest.mark.parametrize("kind", GRIDS)

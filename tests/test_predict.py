@@ -16,7 +16,9 @@ from vitpyramid import create_model, list_models
 from vitpyramid.data.augment import eval_crop
 from vitpyramid.models.registry import get_variant
 from vitpyramid.tools import predict as module
-from vitpyramid.tools.predict import IMAGENET_CLASSES, class_names, main, name_of, predict, read_image
+from vitpyramid.tools.classes import IMAGENET_CLASSES, default_names
+from vitpyramid.tools.predict import main, name_of, predict
+from vitpyramid.tools.preprocess import evaluation_of, read_image
 from vitpyramid.weights.store import write_weights
 
 NAME = "pvt_micro"
@@ -298,22 +300,22 @@ def test_a_run_is_cut_as_it_was_evaluated(network, weights, photos, tmp_path, ca
     assert json.loads(out)["top"][0]["probability"] == pytest.approx(probability, rel=1e-4)
     config["data"] |= {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
     (run / "config.json").write_text(json.dumps(config))
-    found = module.evaluation_of(str(run), VARIANT)
+    found = evaluation_of(str(run), VARIANT)
     assert (found.mean, found.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     _, out, _ = command(capsys, photos / "a.png", f"--checkpoint={run}", "--json", "--top=1")
     assert json.loads(out)["top"][0]["probability"] != pytest.approx(probability, rel=1e-4)
     del config["data"]["eval_interpolation"]  # of a run before there was this key
     (run / "config.json").write_text(json.dumps(config))
-    assert module.evaluation_of(str(run), VARIANT).interpolation == "bicubic"
+    assert evaluation_of(str(run), VARIANT).interpolation == "bicubic"
 
 
 def test_imagenet_classes():
-    names = class_names(1000)
+    names = default_names(1000)
     assert names == IMAGENET_CLASSES.read_text("utf-8").splitlines()
     assert len(set(names)) == 1000
     known = {0: "tench", 134: "crane bird", 281: "tabby", 517: "crane", 951: "lemon", 999: "toilet tissue"}
     assert {k: names[k] for k in known} == known
-    assert class_names(3) == ["class 0", "class 1", "class 2"]
+    assert default_names(3) == ["class 0", "class 1", "class 2"]
 
 
 def test_networks_are_known_by_their_fields():

@@ -81,8 +81,14 @@ def test_erased_images(config):
 
 
 def test_caption():
-    assert preview.caption(np.array([0, 0, 1.0])) == "2"
-    assert preview.caption(np.array([0.25, 0, 0.75])) == "2 0.75, 0 0.25"
+    assert preview.caption(np.array([0, 0, 1.0]), ["cat", "dog", "owl"]) == "owl"
+    assert preview.caption(np.array([0.25, 0, 0.75]), ["cat", "dog", "owl"]) == "owl 0.75, cat 0.25"
+
+
+def test_captions_keep_to_their_tile():
+    page = np.asarray(preview.sheet("", np.full((2, 128, 128, 3), 255, np.uint8), ["Möwe ☃ " * 20, ""]))
+    dark = (page < 128).any(axis=(0, 2))
+    assert dark[4:132].any() and not dark[132:].any()
 
 
 def test_command_writes_a_png(data_dir, tmp_path, capsys):

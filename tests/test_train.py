@@ -14,10 +14,12 @@ import pytest
 from ml_collections import ConfigDict
 from tensorboardX.proto import event_pb2
 
+import vitpyramid
 from configs import quickstart
 from soak import CHANGES, STEPS, Run, arrays, differing, wait_for_a_save
+from vitpyramid import data
 from vitpyramid.tasks import make_task
-from vitpyramid.tools import preview
+from vitpyramid.tools import preview, report
 from vitpyramid.train import config as configs
 from vitpyramid.train import loop
 from vitpyramid.train.program import abstract_batch, build
@@ -54,15 +56,15 @@ def tiny_config(data_dir, **changes):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, data_dir):
-    """A run on eight devices, and the config keys it read."""
+    """A run on eight devices, the config keys it read, and what it called back with."""
     workdir = tmp_path_factory.mktemp("finished")
-    reads = set()
+    reads, seen = set(), []
     config = Recording(tiny_config(data_dir), reads=reads)
-    return workdir, loop.train(make_task(config), workdir), reads
+    return workdir, loop.train(make_task(config), workdir, callback=seen.append), reads, seen
 
 
 def test_a_run_leaves_everything_behind(finished):
-    workdir, summary, _ = finished
+    workdir, summary, _, seen = finished
     assert summary.step == summary.total_steps == STEPS
     assert summary.metrics["top1"] > 0.5
     assert {"loss", "top1", "top5", "ema_loss", "ema_top1", "ema_top5"} == set(summary.metrics)
@@ -71,6 +73,10 @@ def test_a_run_leaves_everything_behind(finished):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, STEPS + 1))
     assert [line["step"] for line in lines if "eval/top1" in line] == [22, 44]
+    assert seen == lines == summary.history
+    best = max((line for line in lines if "eval/top1" in line), key=lambda line: line["eval/top1"])
+    assert (summary.workdir, summary.best_step) == (workdir, best["step"])
+    assert {f"eval/{name}": value for name, value in summary.best.items()} | {"step": best["step"]} == best
     train_keys = {"loss", "top1", "top5", "lr", "grad_norm", "images_per_second", "step_seconds"}
     assert {f"train/{key}" for key in train_keys} < set(lines[0])
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
@@ -110,7 +116,7 @@ def traced(config):
 
 def test_every_key_is_read(finished, data_dir):
     """And one that nobody reads is found: all configs have the same keys (validate), so these show the dead ones."""
-    workdir, _, reads = finished
+    workdir, _, reads, _ = finished
     for options in OPTIONS:
         config = tiny_config(data_dir, **options)
         config.init = config.distill.teacher = str(workdir)
@@ -122,7 +128,7 @@ def test_every_key_is_read(finished, data_dir):
 
 def test_evaluation_counts_every_example_once(finished, data_dir):
     """Batch sizes that do and do not divide 360 examples give the same counts."""
-    workdir, summary, _ = finished
+    workdir, summary, *_ = finished
     for batch_size in (8, 64, 512):
         config = tiny_config(data_dir, **{"eval.batch_size": batch_size})
         step, metrics = loop.evaluate_checkpoint(make_task(config), workdir)
@@ -132,15 +138,43 @@ def test_evaluation_counts_every_example_once(finished, data_dir):
         assert metrics["loss"] == pytest.approx(summary.metrics["loss"], rel=1e-5)
 
 
-def test_a_finished_run_is_only_evaluated_again(finished, data_dir):
-    workdir, summary, _ = finished
-    again = loop.train(make_task(tiny_config(data_dir)), workdir)
+def test_a_finished_run_has_nothing_to_do(finished, data_dir, capsys):
+    workdir, summary, *_ = finished
+    seen = []
+    again = vitpyramid.train(tiny_config(data_dir), str(workdir), callback=seen.append)
     assert again.metrics == pytest.approx(summary.metrics, rel=1e-5)
-    assert again.examples_per_second == 0
+    assert (again.examples_per_second, again.best, seen) == (0, summary.best, [])
+    assert "44 steps of 64 images (22 an epoch)" in capsys.readouterr().out
+
+
+def test_a_report_looks_at_every_example(finished, data_dir, tmp_path):
+    workdir, summary, *_ = finished
+    task = make_task(tiny_config(data_dir, **{"eval.batch_size": 64}))
+    found = report.examine(task, workdir, worst=3)
+    assert found.metrics == pytest.approx(summary.metrics, rel=1e-5)
+    assert (found.step, found.weights, found.names) == (STEPS, "ema", list("0123456789"))
+    assert found.confusion.sum() == 360 and np.trace(found.confusion) / 360 == pytest.approx(
+        summary.metrics["ema_top1"]
+    )
+    records = data.open_source(task.config.data, "test")
+    assert found.confusion.sum(axis=1).tolist() == np.bincount([records[i]["label"] for i in range(360)]).tolist()
+    assert [mistake.label for mistake in found.mistakes] == [records[m.index]["label"] for m in found.mistakes]
+    own = [mistake.label_probability for mistake in found.mistakes]
+    assert own == sorted(own) and all(m.probability >= m.label_probability for m in found.mistakes)
+    text = report.write(found, tmp_path / "report")
+    assert task.words(summary.metrics) in text
+    saved = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert sum(row["correct"] for row in saved["classes"]) == np.trace(found.confusion)
+    assert [row["place"] for row in saved["mistakes"]] == [records.where(m.index) for m in found.mistakes]
+    rows = (tmp_path / "report" / "confusion.csv").read_text().splitlines()
+    assert rows[1].split(",")[1:] == [str(count) for count in found.confusion[0]]
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == [
+        "confusion.csv", "confusion.png", "mistakes.png", "report.json"
+    ]  # fmt: skip
 
 
 def test_restores_on_another_mesh(finished):
-    workdir, _, _ = finished
+    workdir, *_ = finished
     config = ConfigDict(json.loads((workdir / "config.json").read_text()))
     expected = arrays(workdir)
     with store.open_checkpoints(workdir, read_only=True) as manager:
@@ -153,7 +187,7 @@ def test_restores_on_another_mesh(finished):
 
 
 def test_another_config_is_refused(finished, data_dir):
-    workdir, _, _ = finished
+    workdir, *_ = finished
     before = (workdir / "config.json").read_text()
     with pytest.raises(configs.ConfigError, match=re.escape("optim.lr: 0.001 -> 0.5")) as error:
         loop.train(make_task(tiny_config(data_dir, **{"optim.lr": 0.5})), workdir)
@@ -168,7 +202,7 @@ def test_another_config_is_refused(finished, data_dir):
 
 
 def test_half_a_checkpoint_is_not_picked_up(finished, tmp_path):
-    workdir, _, _ = finished
+    workdir, *_ = finished
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     (folder / "44").symlink_to(workdir / "checkpoints" / "44")
@@ -256,31 +290,39 @@ def test_killed_runs_end_as_uninterrupted_ones(tmp_path, data_dir):
 
 
 @pytest.mark.parametrize(
-    ("args", "code", "message"),
+    ("args", "message"),
     [
-        (["--config.optim.speed=1"], 1, "--config has no key 'optim.speed'"),
-        (["--config=configs/nothing.py"], 1, "configs/nothing.py"),
-        (["--config.epochs=abc"], 1, "--config.epochs=abc"),
-        (["--config=configs/pvt.py:huge"], 1, "'huge' is no variant; expected one of tiny, small"),
-        (["--config=configs/pvt.py:tiny,finetun=384"], 1, "'finetun=384' is no option; expected finetune=SIZE"),
-        (["--config.lr=1"], 1, "has no key 'lr'; did you mean optim.lr?"),
-        (["--wokdir=x"], 1, "no such argument: --wokdir; did you mean workdir?"),
+        (["--config=configs/nothing.py"], "--config 'configs/nothing.py': no such file; with the package come deit.py"),
+        (["--config", "nothing.py"], "--config 'nothing.py': no such file"),
+        (["--config=quickstart.py", "--config.optim.speed=1"], "--config has no key 'optim.speed'"),
+        (["--config=quickstart.py", "--config.epochs=abc"], "--config.epochs=abc"),
+        (["--config=pvt.py:huge"], "'huge' is no variant; expected one of tiny, small"),
+        (["--config=pvt.py:tiny,finetun=384"], "'finetun=384' is no option; expected finetune=SIZE"),
+        (["--config=quickstart.py", "--config.lr=1"], "has no key 'lr'; did you mean optim.lr?"),
+        (["--config=quickstart.py", "--config.epochs=inf"], "the config cannot be run:\n  epochs = inf: expected more"),
+    ],
+)
+def test_bad_configs_of_a_tool(args, message, capsys):
+    with pytest.raises(SystemExit):
+        preview.main(args)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--wokdir=x"], "no such argument: --wokdir; did you mean workdir?"),
+        (["--report"], "--report goes with --mode=eval, not with --mode=train"),
         (
             ["--config.epochs=inf", "--config.data.auto_augment=foo", "--config.batch_size=-8", "--mode=eval"],
-            1,
             "the config cannot be run:\n  batch_size = -8: expected at least 1",
         ),
     ],
 )
-def test_bad_command_lines(args, code, message, tmp_path):
-    result = subprocess.run(
-        [sys.executable, "main.py", f"--workdir={tmp_path}", *args],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == code
+def test_bad_command_lines(args, message, tmp_path):
+    command = [sys.executable, ROOT / "main.py", f"--workdir={tmp_path}", *args]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
     assert message in result.stdout + result.stderr
     assert "Traceback" not in result.stdout + result.stderr
     assert not list(tmp_path.iterdir())

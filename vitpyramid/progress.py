@@ -1,6 +1,8 @@
 """Lines of progress for what takes long, in one wording."""
 
+import contextlib
 import logging
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -22,6 +24,26 @@ def with_progress(items: Iterable[T], total: int, what: str) -> Iterator[T]:
         if now - last >= _SECONDS and done < total:
             last = now
             log.info("%s: %d of %d, ETA %s", what, done, total, format_seconds((now - start) / done * (total - done)))
+
+
+@contextlib.contextmanager
+def printed(wanted: bool = True) -> Iterator[None]:
+    """Prints the package's lines inside, for notebooks; nothing is changed where logging shows them already."""
+    package = logging.getLogger("vitpyramid")
+    if not wanted or package.isEnabledFor(logging.INFO):
+        yield
+        return
+    handler, before = logging.StreamHandler(sys.stdout), (package.level, package.propagate)
+    package.addHandler(handler)
+    # Not passed on: a notebook's root logger may print as well.
+    package.setLevel(logging.INFO)
+    package.propagate = False
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(before[0])
+        package.propagate = before[1]
 
 
 def format_seconds(seconds: float) -> str:

@@ -150,6 +150,11 @@ def _decode_by_pillow(data: bytes) -> Image.Image:
     # Broad: on damaged files Pillow raises OSError, SyntaxError, struct.error, DecompressionBombError and others.
     except Exception as error:
         raise ValueError(f"not a readable image ({len(data)} bytes): {error}") from error
+    return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of whatever mode, loaded, as `decode` gives it."""
     if image.mode[0] in "IF":
         image = _eight_bits(image)
     if "transparency" in image.info:  # convert() to RGB alone warns on a palette with transparency

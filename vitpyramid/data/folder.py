@@ -58,7 +58,7 @@ class FolderRecords:
         return os.path.join(self.folder, self.paths[start : self.ends[index]])
 
 
-def open_folder(data_config, split: str) -> tuple[FolderRecords, int]:
+def open_folder(data_config, split: str) -> tuple[FolderRecords, tuple[str, ...]]:
     """Lists the images of a split.
 
     Their order is that of a hash of their path below SPLIT: as good as random, so that "train[:90%]" takes about as
@@ -69,7 +69,7 @@ def open_folder(data_config, split: str) -> tuple[FolderRecords, int]:
       split: "train", "train[:99%]", "train+val": TFDS's syntax over the names of the folders in `data_dir`.
 
     Returns:
-      The records, and the number of classes.
+      The records, and the names of the classes.
 
     Raises:
       ValueError: no such folder, or one that cannot be listed; the splits' class folders differ; folders linked in a
@@ -96,7 +96,7 @@ def open_folder(data_config, split: str) -> tuple[FolderRecords, int]:
     paths = [listings[name].paths[i] for name, positions in ranges for i in positions]
     labels = [listings[name].labels[i] for name, positions in ranges for i in positions]
     ends = np.cumsum([len(path) for path in paths], dtype=np.int64)
-    return FolderRecords(root, b"".join(paths), ends, np.asarray(labels, np.int32)), len(classes)
+    return FolderRecords(root, b"".join(paths), ends, np.asarray(labels, np.int32)), tuple(map(os.fsdecode, classes))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -77,7 +77,7 @@ class PreparedRecords:
         return self.examples.where(index)
 
 
-def open_prepared(name: str, data_dir: str, split: str) -> tuple[PreparedRecords, int]:
+def open_prepared(name: str, data_dir: str, split: str) -> tuple[PreparedRecords, tuple[str, ...]]:
     """Opens one split of a TFDS data set; `digits` is prepared on first use.
 
     Args:
@@ -86,7 +86,7 @@ def open_prepared(name: str, data_dir: str, split: str) -> tuple[PreparedRecords
       split: a TFDS split, sub-splits included.
 
     Returns:
-      The records, and the number of classes.
+      The records, and the names of the classes.
 
     Raises:
       ValueError: no such data set, not prepared, neither as ArrayRecord nor as TFRecord, damaged or missing files, no
@@ -109,7 +109,7 @@ def open_prepared(name: str, data_dir: str, split: str) -> tuple[PreparedRecords
         examples = (ArrayRecords if file_format == ARRAY_RECORD else TFRecords)(instructions)
     except ValueError as error:
         raise ValueError(f"data.name / data.data_dir: {builder.info.full_name!r}: {error}") from error
-    return PreparedRecords(features, examples), features["label"].num_classes
+    return PreparedRecords(features, examples), tuple(features["label"].names)
 
 
 def _file_format(builder: tfds.core.DatasetBuilder) -> tfds.core.FileFormat:

@@ -26,13 +26,18 @@ class Source:
     """A random-access split of encoded images; picklable, so data workers can open it again.
 
     `source[i]`, 0 <= i < len(source), is `{"image": bytes (PNG, JPEG ...), "label": int}`; whatever the reader raises
-    if it cannot be read, ValueError if its label is no class.
+    if it cannot be read, ValueError if its label is no class. Labels are places in `class_names`.
     """
 
     name: str
     split: str
-    num_classes: int
+    class_names: tuple[str, ...]
     records: Records
+
+    @property
+    def num_classes(self) -> int:
+        """How many there are names of."""
+        return len(self.class_names)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -71,11 +76,11 @@ def open_source(data_config, split: str) -> Source:
     except (ValueError, OSError) as error:
         raise ValueError(f"data.data_dir: {error}") from error
     if name == "folder":
-        records, num_classes = open_folder(data_config, split)
+        records, names = open_folder(data_config, split)
     elif name == "synthetic":
-        records, num_classes = open_synthetic(split)
+        records, names = open_synthetic(split)
     else:
-        records, num_classes = open_prepared(name, data_config.data_dir, split)
+        records, names = open_prepared(name, data_config.data_dir, split)
     if len(records) == 0:
         raise ValueError(f"data.train_split / data.eval_split: the split {split!r} of {name!r} is empty.")
-    return Source(name=name, split=split, num_classes=num_classes, records=records)
+    return Source(name=name, split=split, class_names=names, records=records)

@@ -36,18 +36,19 @@ class SyntheticRecords:
         return f"synthetic image {self.indices[index] % _DISTINCT}"
 
 
-def open_synthetic(split: str) -> tuple[SyntheticRecords, int]:
+def open_synthetic(split: str) -> tuple[SyntheticRecords, tuple[str, ...]]:
     """Makes the images of a split; the same ones on every call, 500 x 375 pixels.
 
     Returns:
-      The records, and the number of classes.
+      The records, and the names of the classes, which are numbers.
 
     Raises:
       ValueError: no such split.
     """
     ranges = [positions for _, positions in split_ranges("synthetic", split, SIZES)]
     indices = ranges[0] if len(ranges) == 1 else np.concatenate([np.asarray(r, np.int64) for r in ranges])
-    return SyntheticRecords(indices, tuple(_photo(seed) for seed in range(_DISTINCT))), NUM_CLASSES
+    records = SyntheticRecords(indices, tuple(_photo(seed) for seed in range(_DISTINCT)))
+    return records, tuple(map(str, range(NUM_CLASSES)))
 
 
 def _photo(seed: int) -> bytes:

@@ -48,9 +48,9 @@ DENSE: dict[str, DenseVariant] = {
 }
 
 
-def list_models(prefix: str = "") -> list[str]:
-    """Names that `create_model` knows, in the papers' order, optionally only those that start with `prefix`."""
-    return [*registry.list_models(prefix), *(name for name in DENSE if name.startswith(prefix))]
+def list_models(pattern: str = "") -> list[str]:
+    """As `models.registry.list_models`, with the names of networks for dense prediction behind them."""
+    return registry.matching(pattern, [*registry.VARIANTS, *DENSE])
 
 
 def create_model(name: str, backbone: str | Backbone | None = None, **overrides) -> Backbone | DenseNetwork:

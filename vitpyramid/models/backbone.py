@@ -102,6 +102,7 @@ class Backbone(nn.Module, kw_only=True):
       stages: blocks and what stands before them; with `after` they hold every parameter once.
       after: paths in `params` of what stands behind the last stage.
       strides: input pixels per cell of each level.
+      level_dims: channels of each level, unless they are the field `dims`.
       least_side: of images, in pixels.
       no_weight_decay: last parts of paths of parameters that are not decayed, besides vectors, which never are.
       position_tables: all of them.
@@ -161,6 +162,11 @@ class Backbone(nn.Module, kw_only=True):
           levels: which of its levels the head reads, 0 the finest.
         """
         return self
+
+    @property
+    def level_dims(self) -> tuple[int, ...]:
+        """Channels of each level of the pyramid."""
+        return tuple(self.dims)
 
     @property
     def height_width(self) -> tuple[int, int]:

@@ -208,7 +208,7 @@ def split_norm_linear(x: jax.Array, scale, shift, kernel, bias, split: tuple[int
 
 def split_norm_product(x, scale, shift, kernel, bias, split, dtype):
     window = split[0]
-    x = soft_split(x, *split).reshape(len(x), -1, len(kernel))
+    x = soft_split(x, *split).reshape(x.shape[0], -1, len(kernel))
     wide = x.astype(at_least_float32(dtype))
     mean = wide.mean(-1, keepdims=True)
     variance = jnp.square(wide - mean).mean(-1, keepdims=True)
@@ -238,4 +238,4 @@ def split_norm_convolution_tpu(x, scale, shift, kernel, bias, split, dtype):
     product = (product - mean * scaled.astype(wide).sum(0)) * jax.lax.rsqrt(variance + 1e-5)
     constant = jnp.dot(shift, kernel, precision="highest")
     product = product + (constant if bias is None else constant + bias)
-    return product.reshape(len(x), -1, features).astype(dtype)
+    return product.reshape(x.shape[0], -1, features).astype(dtype)

@@ -282,7 +282,7 @@ class ResT(Backbone):
             x = apply_blocks(Block, fields, x, rates, f"stage{s}", self.remat, self.scan)
             x = x.reshape(b, *grid, dim)
             if s - 1 in self.normed:
-                x = self.norm(x) if s == len(self.depths) else layer_norm(1e-5, self.dtype, f"norm{s}")(x)
+                x = self.norm(x) if s == len(self.depths) else LayerNorm(1e-5, self.dtype, name=f"norm{s}")(x)
             levels.append(Level(x, self.strides[s - 1]))
         return tuple(levels), x
 

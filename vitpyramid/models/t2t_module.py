@@ -224,7 +224,7 @@ class TokensToToken(nn.Module):
         for i, split in enumerate(SOFT_SPLITS[:2], start=1):
             grid = forms.split_grid(x.shape[1:3], *split)
             x = self.attention(split, f"attention{i}")(x)  # [B, h * w, 64]
-            x = x.reshape(len(x), *grid, TOKEN_DIM)
+            x = x.reshape(x.shape[0], *grid, TOKEN_DIM)
         return SplitProject(self.dim, self.dtype, name="project")(x)
 
     def attention(self, split: tuple[int, int, int], name: str) -> nn.Module:

@@ -163,6 +163,11 @@ class T2TViT(Backbone):
     no_weight_decay = ("cls_token",)
 
     @property
+    def level_dims(self) -> tuple[int, ...]:
+        """Of the one map there is."""
+        return (self.embed_dim,)
+
+    @property
     def stages(self) -> tuple[Stage, ...]:
         """One."""
         return (Stage(("tokens_to_token", "cls_token"), tuple(f"blocks_{j}" for j in range(self.depth))),)
@@ -231,6 +236,14 @@ class T2TViTDense(T2TViT):
 
     groups: tuple[int, ...] = (3, 6, 6, 4)
     growth: int = 64
+
+    @property
+    def level_dims(self) -> tuple[int, ...]:
+        """What the last group ends with."""
+        dim = 2 * self.embed_dim
+        for depth in self.groups:
+            dim = dim // 2 + depth * self.growth
+        return (dim,)
 
     @property
     def stages(self) -> tuple[Stage, ...]:

@@ -64,6 +64,11 @@ class ViT(DistilledBackbone):
         return (self.patch,)
 
     @property
+    def level_dims(self) -> tuple[int, ...]:
+        """Of the one map there is."""
+        return (self.dim,)
+
+    @property
     def least_side(self) -> int:
         """A patch."""
         return self.patch

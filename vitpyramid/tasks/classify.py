@@ -24,6 +24,8 @@ from vitpyramid.weights import load_pretrained
 
 log = logging.getLogger(__name__)
 
+BEST = "top1"  # of an evaluation
+
 # Every numeric key has a rule (a test checks it).
 RULES = {
     "model.name": Rule(lambda v: v in list_models(), "one of vitpyramid.list_models()"),
@@ -133,8 +135,9 @@ def make_task(config: ConfigDict, teacher: Callable[[], tuple[nn.Module | None, 
         loss=functools.partial(loss, config.distill),
         measure=measure,
         words=words,
-        best="top1",
+        best=BEST,
         constants=lambda: teacher()[1],
+        about=lambda: {"classes": list(open_split(config.data.train_split).class_names)},
         initial=lambda: _load_initial(config, model),
         without_weights=functools.partial(_without_weights, config),
     )
@@ -191,8 +194,12 @@ def top_k_correct(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
 
 
 def _measured(logits: jax.Array, batch: Batch, mask: jax.Array | None = None, **values: jax.Array) -> Metrics:
-    """Means of `values` [B], top-1 and top-5 over the rows whose `mask` [B] is True; how many were `skipped`."""
-    values |= {f"top{k}": top_k_correct(logits, batch["label"], k) for k in (1, 5)}
+    """Means of `values` [B], top-1 and top-5 over the rows whose `mask` [B] is True; how many were `skipped`.
+
+    Of five classes or fewer there is no top-5: it would be 1.
+    """
+    ks = (1, 5) if logits.shape[-1] > 5 else (1,)
+    values |= {f"top{k}": top_k_correct(logits, batch["label"], k) for k in ks}
     averages = {name: clu_metrics.Average.from_model_output(value, mask=mask) for name, value in values.items()}
     return averages | ({"skipped": Sum.from_model_output(batch["skipped"])} if "skipped" in batch else {})
 

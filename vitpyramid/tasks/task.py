@@ -44,6 +44,7 @@ class Task:
       words: `{name: value} -> str`, metrics for a line of text; leaves names out that it does not know.
       best: the name of the evaluation's metric that says how good the network is; larger is better.
       constants: `() -> variables` that steps read and never change, such as a teacher's.
+      about: `() -> {name: value}`, JSON that checkpoints keep beside the arrays: `classes`, the names of classes.
       initial: `() -> variables` to start from, on the host; None: the network's own initialisation.
       without_weights: `() -> Task`, the same for compiling alone: no file of weights is read, `constants` are shapes.
         None: this one reads none.
@@ -65,5 +66,6 @@ class Task:
     words: Callable[[Mapping[str, float]], str]
     best: str
     constants: Callable[[], dict] = dict
+    about: Callable[[], dict[str, Any]] = dict
     initial: Callable[[], dict | None] = lambda: None
     without_weights: Callable[[], "Task"] | None = None

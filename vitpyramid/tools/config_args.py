@@ -8,7 +8,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from vitpyramid.tasks import ConfigError
-from vitpyramid.train.config import flatten, nearest, validate
+from vitpyramid.train.config import find_config, flatten, nearest, reference, validate
 
 USAGE = "--config=FILE[:VARIANT] [--config.KEY=VALUE ...]"
 
@@ -32,7 +32,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argp
     if surplus:
         parser.error(f"unexpected arguments {surplus}")
     try:
-        validate(flag.value, flag.value, device_count=1, evaluation=True)
+        validate(flag.value, reference(), device_count=1, evaluation=True)
     except ConfigError as error:
         parser.error(str(error))
     return args, flag.value
@@ -47,6 +47,13 @@ def read_flags(values: flags.FlagValues, argv: list[str], others: Iterable[str] 
     Raises:
       ValueError: in a line, what is wrong, with the nearest names where one does not exist.
     """
+    argv = [*argv, ""]
+    for place, arg in enumerate(argv[:-1]):
+        if re.match("--?config=.", arg):
+            argv[place] = f"--config={_found(arg.partition('=')[2])}"
+        elif arg in ("-config", "--config") and argv[place + 1]:
+            argv[place + 1] = _found(argv[place + 1])
+    argv.pop()
     try:
         rest = values(argv)
         if values["config"].value is not None:
@@ -62,6 +69,14 @@ def read_flags(values: flags.FlagValues, argv: list[str], others: Iterable[str] 
         while "Traceback" in str(cause):  # ml_collections' of an error in a config's own code, which it hides
             cause = cause.__context__
         raise ValueError(str(cause) if isinstance(cause, flags.Error) else f"--config: {cause}") from error
+
+
+def _found(name: str) -> str:
+    """`find_config`, whose error names the argument."""
+    try:
+        return find_config(name)
+    except ConfigError as error:
+        raise ValueError(f"--{error}") from error
 
 
 def _unknown_key(argv: list[str]) -> str:

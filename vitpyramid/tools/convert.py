@@ -64,7 +64,7 @@ def to_orbax(
     print(f"reading {path} ({path.stat().st_size / 1e6:.1f} MB, SHA-256 {digest})")
     try:
         contents = open_contents(read_torch_file(path), weights)
-        converted = import_weights(contents, name, num_classes, image_size, allow, seed)
+        converted = import_weights(contents, name, num_classes, image_size, seed, allow=allow)
     except ValueError as error:
         raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     prefix = f" behind '{brief(contents.prefix)}'" if contents.prefix else ""

@@ -12,7 +12,6 @@ import argparse
 import concurrent.futures
 import dataclasses
 import functools
-import io
 import json
 import os
 import sys
@@ -22,23 +21,18 @@ from pathlib import Path
 import flax.linen as nn
 import jax
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 
-from vitpyramid.data.augment import Size, decode, eval_crop, height_width
+from vitpyramid.data.augment import Size, height_width
 from vitpyramid.data.folder import EXTENSIONS
-from vitpyramid.files import as_path, in_bucket
 from vitpyramid.models.backbone import Variant
 from vitpyramid.models.registry import create_model, get_variant, list_models
 from vitpyramid.tasks.prepare import normalise
 from vitpyramid.tools.arguments import at_least
+from vitpyramid.tools.classes import names_in, names_of
+from vitpyramid.tools.preprocess import evaluation_of, read_image
 from vitpyramid.tools.summary import image_size
 from vitpyramid.weights import load_pretrained
-
-# The first words of the synsets of ILSVRC 2012 in its order, as torchvision lists them (BSD-3-Clause), which tells both
-# cranes and both maillots apart. Synsets: WordNet 3.0, Copyright 2006 by Princeton University, all rights reserved;
-# https://wordnet.princeton.edu/license-and-commercial-use.
-IMAGENET_CLASSES = Path(__file__).with_name("imagenet_classes.txt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,27 +111,6 @@ def _predictions(paths=(), errors=(), found=(), top=0) -> Iterator[Prediction]:
             yield Prediction(path, tuple(classes.tolist()), tuple(probabilities[classes].tolist()))
 
 
-def read_image(path: Path, size: tuple[int, int], variant: Variant) -> np.ndarray | str:
-    """uint8 [*size, 3] pixels of an image as the network should see it, or why it cannot be read."""
-    try:
-        data = path.read_bytes()
-        image = decode(data)
-        image.info.clear()  # exif_transpose() would encode all EXIF data anew, and fails if some have a wrong type
-        image.getexif()[ExifTags.Base.Orientation] = _orientation(data)
-    except OSError as error:
-        return error.strerror or str(error)
-    except (ValueError, Image.DecompressionBombError) as error:
-        return str(error)
-    resample = Image.Resampling[variant.interpolation.upper()]
-    return np.asarray(eval_crop(ImageOps.exif_transpose(image), size, variant.crop, resample))
-
-
-def _orientation(data: bytes) -> int:
-    image = Image.open(io.BytesIO(data))
-    # Pillow turns TIFF images by itself while it decodes them.
-    return 1 if image.format == "TIFF" else image.getexif().get(ExifTags.Base.Orientation, 1)
-
-
 def find_images(names: list[str]) -> tuple[list[Path], dict[Path, str]]:
     """Files, and those in folders that have an image's extension, sorted by name, at any depth.
 
@@ -177,40 +150,6 @@ def name_of(model: nn.Module) -> str:
     raise ValueError(f"expected one of the networks in list_models(), got another {type(model).__name__}")
 
 
-def evaluation_of(checkpoint: str, variant: Variant) -> Variant:
-    """`variant` with the crop, filter, mean and std of the run whose work directory `checkpoint` is, if it is one."""
-    file = (as_path(checkpoint) if in_bucket(checkpoint) else Path(checkpoint)) / "config.json"
-    if not file.is_file():
-        return variant
-    data = json.loads(file.read_text())["data"]
-    return dataclasses.replace(
-        variant,
-        crop=data["eval_crop"],
-        interpolation=data.get("eval_interpolation", variant.interpolation),
-        mean=tuple(data.get("mean", ())) or variant.mean,
-        std=tuple(data.get("std", ())) or variant.std,
-    )
-
-
-def class_names(count: int, file: Path | None = None) -> list[str]:
-    """Names of `count` classes, from the lines of `file`; without one ImageNet's for 1000 classes, else `class 0` ...
-
-    Raises:
-      ValueError: the file has another number of lines, or is no text.
-      OSError: it cannot be read.
-    """
-    if file is None and count != 1000:
-        return [f"class {i}" for i in range(count)]
-    file = file or IMAGENET_CLASSES
-    try:
-        names = file.read_text("utf-8").rstrip().split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: expected text in UTF-8, one name a line") from error
-    if len(names) != count:
-        raise ValueError(f"{file}: expected {count} lines, one for each class of the model, it has {len(names)}")
-    return [name.strip() for name in names]
-
-
 def describe(prediction: Prediction, names: list[str]) -> str:
     """A prediction as lines of text."""
     pairs = zip(prediction.classes, prediction.probabilities, strict=True)
@@ -236,7 +175,7 @@ def run(args: argparse.Namespace) -> int:
     if not paths:
         return 1
     model, variables = load_pretrained(args.checkpoint, args.model)
-    names = class_names(model.num_classes, args.classes)
+    names = names_in(args.classes, model.num_classes) if args.classes else names_of(args.checkpoint, model.num_classes)
     name = name_of(model)
     variant = evaluation_of(args.checkpoint, get_variant(name))
     size = height_width(args.size or model.image_size)
@@ -272,7 +211,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", type=image_size, help="HEIGHTxWIDTH or SIDE of the images; default: the model's own")
     parser.add_argument("--top", type=at_least(1), default=5, help="classes of an image; default: 5")
     parser.add_argument("--batch", type=at_least(1), default=16, help="images at a time; default: 16")
-    parser.add_argument("--classes", type=Path, help="file with the names of the classes, one a line")
+    parser.add_argument(
+        "--classes",
+        type=Path,
+        help="file with the names of the classes, one a line; default: as the run's data have them",
+    )
     parser.add_argument("--json", action="store_true", help="one line of JSON an image")
     try:
         args = parser.parse_args(argv)

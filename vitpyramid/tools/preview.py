@@ -2,7 +2,7 @@
 
     python -m vitpyramid.tools.preview --config=configs/quickstart.py --out=preview.png --count=16
 
-Below each image its label; where images are mixed, each label with its weight.
+Below each image its class; where images are mixed, each class with its weight.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from vitpyramid.tasks import Task, make_task
 from vitpyramid.tasks.classify import channel_statistics
 from vitpyramid.tools import config_args
+from vitpyramid.tools.classes import saved_names
 from vitpyramid.train.rng import named_key
 
 PARTS = (("training", "train"), ("evaluation", "eval"))
@@ -58,7 +59,8 @@ def training_images(task: Task) -> tuple[np.ndarray, list[str]]:
     images, targets = jax.jit(task.prepare)(key, batch, {})
     mean, std = (np.asarray(values) for values in channel_statistics(task.config))
     pixels = np.rint(255 * (np.asarray(images) * std + mean))
-    return pixels.clip(0, 255).astype(np.uint8), [caption(target) for target in np.asarray(targets["mixed"])]
+    names = saved_names({"about": task.about()})
+    return pixels.clip(0, 255).astype(np.uint8), [caption(target, names) for target in np.asarray(targets["mixed"])]
 
 
 def evaluation_images(task: Task) -> tuple[np.ndarray, list[str]]:
@@ -66,14 +68,14 @@ def evaluation_images(task: Task) -> tuple[np.ndarray, list[str]]:
     batches = iter(task.eval_batches())
     batch = next(batches)
     batches.close()
-    real = batch["mask"]
-    return batch["image"][real], [str(label) for label in batch["label"][real]]
+    real, names = batch["mask"], saved_names({"about": task.about()})
+    return batch["image"][real], [names[label] for label in batch["label"][real]]
 
 
-def caption(target: np.ndarray) -> str:
-    """The labels of a distribution [K], the heaviest first: "7", or "7 0.61, 2 0.39"."""
+def caption(target: np.ndarray, names: list[str]) -> str:
+    """The classes of a distribution [K], the heaviest first: "cat", or "cat 0.61, dog 0.39"."""
     labels = [label for label in np.argsort(-target, kind="stable")[:2] if target[label] > 0]
-    return str(labels[0]) if len(labels) == 1 else ", ".join(f"{label} {target[label]:.2f}" for label in labels)
+    return names[labels[0]] if len(labels) == 1 else ", ".join(f"{names[k]} {target[k]:.2f}" for k in labels)
 
 
 def sheet(title: str, images: np.ndarray, captions: list[str]) -> Image.Image:
@@ -90,8 +92,21 @@ def sheet(title: str, images: np.ndarray, captions: list[str]) -> Image.Image:
         left, top = _GAP + i % columns * tile_width, _LINE + 2 * _GAP + i // columns * tile_height
         enlarged = Image.fromarray(image).resize((width * factor, height * factor), Image.Resampling.NEAREST)
         page.paste(enlarged, (left, top))
-        draw.text((left, top + height * factor), caption, "black")
+        draw.text((left, top + height * factor), _fitting(caption, width * factor, draw), "black")
     return page
+
+
+def _fitting(text: str, width: int, draw: ImageDraw.ImageDraw) -> str:
+    """As much of a text's beginning as has room."""
+    text = printable(text)
+    while text and draw.textlength(text) > width:
+        text = text[:-1]
+    return text
+
+
+def printable(text: str) -> str:
+    """A text in characters that the font of pictures may have."""
+    return text.encode("latin-1", "replace").decode("latin-1")
 
 
 def stack(pages: list[Image.Image]) -> Image.Image:

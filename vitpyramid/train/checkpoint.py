@@ -21,6 +21,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, task: Task) -> None:
         "ema": bool(state.ema),
         "config": task.config.to_dict(),
         "num_examples": task.num_examples(),
+        "about": task.about(),
     }
     store.save(manager, int(state.step), state, meta)
 

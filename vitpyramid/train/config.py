@@ -1,11 +1,15 @@
-"""Checks a config before any work starts, and compares it with the config of an earlier run."""
+"""Reads a config's file, checks it before any work starts, and compares it with the config of an earlier run."""
 
 import difflib
+import importlib.util
 import numbers
+import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from vitpyramid import configs
 from vitpyramid.tasks import TASKS
 from vitpyramid.tasks.rules import BATCH, EPOCHS, FRACTION, SHARE, are_patterns, between, one_of
 from vitpyramid.tasks.task import ConfigError
@@ -60,6 +64,47 @@ RULES = {
     "checkpoint.every_epochs": EPOCHS,
     "checkpoint.keep": between(1, 10**6),
 }
+
+
+def load_config(name: str | os.PathLike) -> ConfigDict:
+    """The config that a file describes, locked: keys can be given other values, none can be added.
+
+    Args:
+      name: `FILE` or `FILE:TEXT`, where the file's `get_config` takes TEXT, as in "quickstart.py:rest". FILE is a path,
+        or one of the configs that come with the package, where no such path is: "pvt.py", "configs/pvt.py", "pvt".
+
+    Raises:
+      ConfigError: no such file, or one without `get_config`. What the file itself raises is passed on.
+    """
+    path, colon, text = find_config(name).partition(":")
+    spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)
+    module = importlib.util.module_from_spec(spec) if spec else None
+    if spec:
+        spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"config {path}: expected a Python file with a function get_config")
+    config = module.get_config(text) if colon else module.get_config()
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"config {path}: expected get_config to return a ConfigDict, got {type(config).__name__}")
+    return config.lock()
+
+
+def find_config(name: str | os.PathLike) -> str:
+    """`FILE[:TEXT]` with the path of a file that is there; `name` as in `load_config`, which says what it raises."""
+    file, colon, text = os.fspath(name).partition(":")
+    own, ours = Path(file).expanduser(), Path(configs.__path__[0])
+    inside = Path(*own.parts[1:]) if own.parts[:1] == ("configs",) else own
+    candidates = (own, ours / inside, ours / inside.with_suffix(".py")) if file else ()
+    for path in candidates:
+        if path.is_file():
+            return f"{path}{colon}{text}"
+    names = sorted(path.name for path in ours.glob("*.py") if path.name not in ("base.py", "recipes.py"))
+    raise ConfigError(f"config {file!r}: no such file; with the package come {', '.join(names)}")
+
+
+def reference() -> ConfigDict:
+    """A config with every key there is, to check others against."""
+    return load_config(Path(configs.__path__[0]) / "base.py")
 
 
 def flatten(config: Mapping, prefix: str = "") -> dict:

@@ -38,12 +38,15 @@ from vitpyramid.weights.intact import newest_intact
 log = logging.getLogger(__name__)
 
 
-def train(task: Task, workdir: Path, allow_config_change: bool = False) -> Summary:
+def train(
+    task: Task, workdir: Path, allow_config_change: bool = False, callback: Callable[[dict], None] | None = None
+) -> Summary:
     """Trains, from the last complete checkpoint in `workdir` if there is one.
 
     Args:
       workdir: gets `config.json`, `checkpoints/`, `tensorboard/` and `metrics.jsonl`.
       allow_config_change: go on from a checkpoint although it was saved with another config.
+      callback: called on the first process with each line of `metrics.jsonl` as it is written.
 
     Raises:
       ConfigError: the config does not fit the data, or contradicts the checkpoint; another run holds `workdir`.
@@ -88,7 +91,7 @@ def train(task: Task, workdir: Path, allow_config_change: bool = False) -> Summa
 
         eval_every = program.horizon.steps(config.eval.every_epochs)
         save_every = program.horizon.steps(config.checkpoint.every_epochs)
-        writer = MetricWriter(workdir, start)
+        writer = MetricWriter(workdir, start, callback)
         report = Report(task, start, total, writer, checkpoints)
         before_step = stack.enter_context(profiled(config.profile, workdir / "tensorboard"))
         metrics, stop = {}, False
@@ -106,7 +109,8 @@ def train(task: Task, workdir: Path, allow_config_change: bool = False) -> Summa
                 metrics = writer.evaluations.get(step, {})  # where a run was stopped after it
                 if not metrics:
                     with report.paused(step):
-                        metrics = evaluate(eval_step, state.variables, state.ema, eval_batches, mesh, stop_requested)
+                        options = eval_batches, mesh, stop_requested
+                        metrics = numbers(measure(eval_step, state.variables, state.ema, *options))
                     report.evaluated(step, metrics)
             stop = stop_requested()
             if step == total or stop:
@@ -121,7 +125,7 @@ def train(task: Task, workdir: Path, allow_config_change: bool = False) -> Summa
             save()
         store.finish(checkpoints)
         writer.close()
-    return Summary(step, total, metrics, report.examples_per_second, compile_seconds)
+    return Summary(step, total, metrics, report.examples_per_second, compile_seconds, workdir, *report.best())
 
 
 def evaluate_checkpoint(task: Task, workdir: Path) -> tuple[int, dict[str, float]]:
@@ -129,6 +133,12 @@ def evaluate_checkpoint(task: Task, workdir: Path) -> tuple[int, dict[str, float
 
     Returns the checkpoint's step and the metrics.
     """
+    step, measured = measure_checkpoint(task, workdir)
+    return step, numbers(measured)
+
+
+def measure_checkpoint(task: Task, workdir: Path) -> tuple[int, dict[str, Metrics]]:
+    """As `evaluate_checkpoint`, with metrics as `measure` gives them."""
     use_compile_cache(task.config.compile_cache)
     mesh = make_mesh(task.config.mesh.fsdp)
     step = agreed(lambda: newest_intact(workdir / store.FOLDER))
@@ -144,13 +154,13 @@ def evaluate_checkpoint(task: Task, workdir: Path) -> tuple[int, dict[str, float
         wanted = {"params": variables["params"], "model_state": model_state, "ema": average}
         saved = store.restore(checkpoints, step, wanted)
         variables = {"params": saved["params"], **saved["model_state"]}
-        return step, evaluate(eval_step, variables, saved["ema"], batches, mesh)
+        return step, measure(eval_step, variables, saved["ema"], batches, mesh)
 
 
-def evaluate(
+def measure(
     eval_step: Callable, variables: dict, average: dict, batches, mesh: Mesh, stop_requested: Callable = lambda: False
-) -> dict[str, float]:
-    """The metrics of a network over every example once; with an average of its variables, `ema_` ones beside them.
+) -> dict[str, Metrics]:
+    """The metrics of a network over every example once, as "", and of an average of its variables, if any, as "ema_".
 
     Empty if a stop was requested before the end.
     """
@@ -167,8 +177,13 @@ def evaluate(
             if stop_requested():
                 return {}
         measured = functools.reduce(_merged, waiting, measured)
-        results |= {prefix + name: value for name, value in compute(measured).items()}
+        results[prefix] = measured
     return results
+
+
+def numbers(measured: dict[str, Metrics]) -> dict[str, float]:
+    """The values of what `measure` gives, by prefix and name."""
+    return {prefix + name: value for prefix, one in measured.items() for name, value in compute(one).items()}
 
 
 def _merged(measured: Metrics | None, more: Metrics) -> Metrics:

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 
 import jax
@@ -16,7 +17,8 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 
     The first SIGTERM or SIGINT is a request; a second SIGINT interrupts at once. With several processes, where a signal
     to any of them is one, the coordination service picks the call at which all of them hear of it, so all must call
-    alike: after each step, and after each batch of an evaluation.
+    alike: after each step, and after each batch of an evaluation. Outside of a process's main thread, which alone is
+    told of signals, nothing is a request.
     """
     received, calls = [], itertools.count(1)
 
@@ -36,6 +38,8 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 
     several = jax.process_count() > 1
     handlers = {signal.SIGINT: pass_on} if several else {signal.SIGTERM: handle, signal.SIGINT: handle}
+    if threading.current_thread() is not threading.main_thread():
+        handlers = {}
     previous = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
     try:
         yield requested

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from vitpyramid.progress import format_seconds
 from vitpyramid.tasks.metrics import compute, merge
 from vitpyramid.tasks.task import Task
-from vitpyramid.train.writer import MetricWriter
+from vitpyramid.train.writer import MetricWriter, read_history
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,9 @@ class Summary:
       metrics: of the last evaluation; empty if there was none.
       examples_per_second: of training, over all devices, without compilation, evaluation and saving.
       compile_seconds: tracing and compiling (or reading from the cache).
+      workdir: where it is written down.
+      best_step, best: which of its evaluations, those before a resumption included, was the best, and that one's
+        metrics; None and empty if there was none. A checkpoint of that step may be gone (`checkpoint.keep`).
     """
 
     step: int
@@ -41,11 +44,19 @@ class Summary:
     metrics: dict[str, float]
     examples_per_second: float
     compile_seconds: float
+    workdir: Path
+    best_step: int | None
+    best: dict[str, float]
 
     @property
     def finished(self) -> bool:
         """Whether all steps were taken and the last evaluation is complete."""
         return self.step == self.total_steps and bool(self.metrics)
+
+    @property
+    def history(self) -> list[dict]:
+        """What was measured, from the first step on, as `read_history` gives it."""
+        return read_history(self.workdir)
 
 
 class Report:
@@ -122,9 +133,14 @@ class Report:
         if not metrics:
             return
         self._writer.write_evaluation(step, metrics)
-        best_step, best = max(self._writer.evaluations.items(), key=lambda item: item[1][self._task.best])
+        best_step, best = self.best()
         best = "" if best_step == step else f"  (best {self._task.best} at step {best_step}: {self._task.words(best)})"
         log.info("evaluation at step %d: %s%s", step, self._task.words(metrics), best)
+
+    def best(self) -> tuple[int | None, dict[str, float]]:
+        """The step of the best evaluation so far, and its metrics."""
+        evaluations = self._writer.evaluations.items()
+        return max(evaluations, key=lambda item: item[1][self._task.best], default=(None, {}))
 
     def _check_finite(self, collected: list) -> None:
         for offset, metrics in enumerate(collected, start=1):

@@ -5,6 +5,7 @@ import logging
 import math
 import threading
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ from vitpyramid.files import in_bucket, write_atomically
 
 log = logging.getLogger(__name__)
 
+HISTORY = "metrics.jsonl"
 _UNREADABLE = {"step": math.inf}
 _EVALUATION = "eval/"  # begins the names of an evaluation's metrics
 _PAUSE = 5.0  # seconds between two writings of an object; a bucket takes one a second
@@ -88,16 +90,16 @@ class MetricWriter:
     """Scalars to `WORKDIR/tensorboard` and `WORKDIR/metrics.jsonl`.
 
     What an earlier run wrote for steps after `start_step` is dropped: those steps are about to be taken again.
-    In a bucket both are written in the background; `sync` waits for the lines.
+    In a bucket both are written in the background; `sync` waits for the lines. `callback` gets each line as a dict.
 
     Attributes:
       evaluations: the metrics of each evaluation by its step, those of earlier runs included.
     """
 
-    def __init__(self, workdir: Path, start_step: int):
-        path = workdir / "metrics.jsonl"
-        lines = path.read_bytes().decode(errors="replace").splitlines() if path.exists() else []
-        records = [_parse(line) for line in lines]
+    def __init__(self, workdir: Path, start_step: int, callback: Callable[[dict], None] | None = None):
+        path = workdir / HISTORY
+        records = _read(path)
+        self._callback = callback
         kept = [record for record in records if record["step"] <= start_step]
         self.evaluations = {record["step"]: metrics for record in kept if (metrics := _strip(record))}
         self._active = jax.process_index() == 0
@@ -121,6 +123,8 @@ class MetricWriter:
         for name, value in scalars.items():
             self._events.add_scalar(name, value, step)
         self._events.flush()
+        if self._callback:
+            self._callback({"step": step, **scalars})
 
     def write_evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Writes the metrics of an evaluation."""
@@ -137,6 +141,20 @@ class MetricWriter:
         if self._active:
             self._lines.close()
             self._events.close()
+
+
+def read_history(workdir: Path) -> list[dict]:
+    """What a run has measured so far: the lines of its `metrics.jsonl`, in their order; none if there is no file.
+
+    Each is `{"step": int, "train/loss": float, ...}`, means over the steps since the line before, or of an evaluation
+    `{"step": int, "eval/loss": float, ...}`.
+    """
+    return [record for record in _read(workdir / HISTORY) if record is not _UNREADABLE]
+
+
+def _read(path: Path) -> list[dict]:
+    lines = path.read_bytes().decode(errors="replace").splitlines() if path.exists() else []
+    return [_parse(line) for line in lines]
 
 
 def _parse(line: str) -> dict:

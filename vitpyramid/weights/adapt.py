@@ -9,7 +9,7 @@ from flax import traverse_util
 
 from vitpyramid.models.layers import resize_positions
 from vitpyramid.models.registry import create_model
-from vitpyramid.weights.names import HEADS, Path, model_shapes
+from vitpyramid.weights.names import HEADS, Path, is_behind, model_shapes
 
 
 class Adapted(NamedTuple):
@@ -29,7 +29,12 @@ class Adapted(NamedTuple):
 
 
 def adapt(
-    network: dict, variables: dict, num_classes: int | None = None, image_size: int | None = None, seed: int = 0
+    network: dict,
+    variables: dict,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    seed: int = 0,
+    features_only: bool = False,
 ) -> Adapted:
     """Fits weights to a head of `num_classes` and to position tables for images of `image_size`.
 
@@ -40,6 +45,7 @@ def adapt(
       image_size: side of the square images whose grids the position tables get; None: as in `network`. Tables are
         resized as the network itself does it, class tokens' rows excepted.
       seed: of initialised parameters.
+      features_only: leave out what stands behind the last stage.
 
     Raises:
       ValueError: unknown model.
@@ -51,6 +57,8 @@ def adapt(
     }
     model = create_model(**wanted)
     shapes = model_shapes(**wanted)
+    if features_only:
+        shapes = {path: shape for path, shape in shapes.items() if not is_behind(model, path)}
     tables = zip(create_model(**network).position_tables, model.position_tables, strict=True)
     moved = {tuple(old.path.split("/")): (old, new) for old, new in tables if old.grid != new.grid}
     flat = traverse_util.flatten_dict(variables)

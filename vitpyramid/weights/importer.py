@@ -37,8 +37,9 @@ def import_weights(
     name: str | None = None,
     num_classes: int | None = None,
     image_size: int | None = None,
-    allow: Collection[str] = (),
     seed: int = 0,
+    features_only: bool = False,
+    allow: Collection[str] = (),
 ) -> Converted:
     """Turns a state dict into variables.
 
@@ -47,8 +48,9 @@ def import_weights(
       name: of the model; None: recognised by the keys and shapes.
       num_classes: None: as in the file; another number than the file's: the head is initialised anew.
       image_size: side of the square images whose grids the position tables get, resized; None: as in the file.
-      allow: kinds of `PROBLEMS` that are no error. Parameters missing or of another shape are then initialised.
       seed: of initialised parameters.
+      features_only: leave out what stands behind the last stage, which may be missing or of another shape.
+      allow: kinds of `PROBLEMS` that are no error. Parameters missing or of another shape are then initialised.
 
     Raises:
       ValueError: unknown or unrecognised model, problems that are not allowed (the message lists the keys), or weights
@@ -67,6 +69,9 @@ def import_weights(
     problems = names.compare(shapes, expected)
     new_head = num_classes not in (None, names.head_rows(shapes))
     replaced = {key for key in expected if new_head and key.split(".")[0] in names.HEADS}
+    if features_only:
+        model = create_model(**network)
+        replaced |= {key for path, key in zip(native, expected, strict=True) if names.is_behind(model, path)}
     problems = {kind: [key for key in keys if key not in replaced] for kind, keys in problems.items()}
     # Copies: the file's own arrays, which may be the file mapped, can be let go of.
     flat = {}
@@ -85,7 +90,7 @@ def import_weights(
             f"these are not the parameters of {name}\n{names.describe(refused, shapes, expected)}\n"
             f"--allow={','.join(kind.replace(' ', '_') for kind in refused)} goes on all the same."
         )
-    adapted = adapt(network, traverse_util.unflatten_dict(flat), num_classes, image_size, seed)
+    adapted = adapt(network, traverse_util.unflatten_dict(flat), num_classes, image_size, seed, features_only)
     zeros = [f"{key}[:, {row}]" for key, n in rows.items() for row in range(n)]
     notes = {
         "ignored": contents.ignored,

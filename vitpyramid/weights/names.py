@@ -192,6 +192,12 @@ def describe(problems: Mapping[str, list[str]], shapes: Shapes, expected: Shapes
     return "\n".join(lines)
 
 
+def is_behind(model: Backbone, path: Path) -> bool:
+    """Whether what has this path in the variables stands behind the model's last stage: its norm and its heads."""
+    inside = "/".join(path[1:])
+    return any(inside == after or inside.startswith(f"{after}/") for after in model.after)
+
+
 def check_variables(network: Mapping, variables: Mapping) -> None:
     """Raises `ValueError` (the message lists paths) unless these are variables of `create_model(**network)`."""
     shapes = {"/".join(path): np.shape(value) for path, value in traverse_util.flatten_dict(variables).items()}

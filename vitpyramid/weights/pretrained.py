@@ -19,6 +19,7 @@ def load_pretrained(
     num_classes: int | None = None,
     image_size: int | None = None,
     seed: int = 0,
+    features_only: bool = False,
 ) -> tuple[nn.Module, dict]:
     """A model and its weights.
 
@@ -31,6 +32,8 @@ def load_pretrained(
       num_classes: None: as the weights have; another number than theirs: the head is initialised anew.
       image_size: side of the square images whose grid the position tables get, resized; None: as the weights have.
       seed: of a new head.
+      features_only: give the variables that `method="features"` reads, as a module that calls nothing else has them:
+        without the last norm and the heads, which may then be missing from the weights.
 
     Returns:
       The model, with these `num_classes` and `image_size`, and `{"params": nested dict of float32 numpy arrays,
@@ -44,17 +47,17 @@ def load_pretrained(
     from vitpyramid.weights.fetch import fetch
     from vitpyramid.weights.store import read_weights
 
-    path = fetch(path_or_dir)
+    path, wanted = fetch(path_or_dir), (num_classes, image_size, seed, features_only)
     try:
         if path.is_dir():
             stored = read_weights(path, weights)
             if name not in (None, stored.network["name"]):
                 raise ValueError(f"expected weights of {name}, these are of {stored.network['name']}")
             check_variables(stored.network, stored.variables)
-            network, variables, *_ = adapt(stored.network, stored.variables, num_classes, image_size, seed)
+            network, variables, *_ = adapt(stored.network, stored.variables, *wanted)
         else:
             contents = open_contents(read_torch_file(path), weights)
-            network, variables, _ = import_weights(contents, name, num_classes, image_size, seed=seed)
+            network, variables, _ = import_weights(contents, name, *wanted)
     except ValueError as error:
         raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     return create_model(**network), variables

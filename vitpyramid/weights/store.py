@@ -8,6 +8,7 @@ bucket marked when complete, so that a half-written one is never picked up. Each
     ema           whether `state` has a moving average of the weights
     config        of the run that saved it
     num_examples  of its training split
+    about         what else its task says: {"classes": their names}
 
 Converted weights are step 0, with `network` and `ema` alone.
 """
@@ -127,6 +128,18 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract):
 def read_meta(manager: ocp.CheckpointManager, step: int) -> dict:
     """What stands beside the arrays of `step`."""
     return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+
+def newest_meta(folder: Path) -> dict:
+    """What stands beside the arrays of the newest checkpoint of a folder; the arrays are not looked at.
+
+    Raises `ValueError` if there is no checkpoint.
+    """
+    found = intact.steps(folder / FOLDER)
+    if not found:
+        raise ValueError(f"{folder}: expected a folder with a complete checkpoint in {FOLDER}/")
+    with open_checkpoints(folder, read_only=True) as manager:
+        return read_meta(manager, found[0])
 
 
 def has_weights(folder: Path) -> bool:
