@@ -13,16 +13,17 @@ ALLOWED = {
     "models": set(),
     "data": set(),
     "heads": {"models"},
-    "weights": {"models"},
-    "tasks": {"models", "data", "weights"},
+    "evals": {"heads"},
+    "weights": {"models", "heads"},
+    "tasks": {"models", "heads", "evals", "data", "weights"},
     "train": {"tasks", "models", "data", "weights", "configs"},
-    "tools": {"train", "tasks", "models", "data", "weights"},
+    "tools": {"train", "tasks", "models", "heads", "data", "weights"},
     "cli": {"tools", "train", "tasks", "configs"},
     "configs": set(),
     "progress": set(),
     "files": set(),
     "convert": {"tools"},
-    "__init__": {"models", "weights", "train"},
+    "__init__": {"models", "heads", "weights", "train"},
 }
 COMMON = {"progress", "files"}
 
