@@ -71,20 +71,23 @@ def get_config() -> ConfigDict:
     optim.momentum = 0.9  # of "sgd"
     optim.weight_decay = 0.05  # not on vectors, nor on what the model excludes
     optim.decay_vectors = False  # decay everything
+    optim.decay_norms = True  # with decay_vectors: norms too
     optim.clip_norm = 0.0  # largest global norm of the gradient; 0: no clipping
     optim.accumulate = 1  # parts of a batch that go through the network one after another: less memory
     optim.layer_decay = 1.0  # factor of the learning rate for every layer further from the head
     optim.lr_rules = ()  # (pattern, factor) pairs: peak learning rate by path of the parameter; 0 freezes; (): all 1
 
     config.schedule = schedule = ConfigDict()  # linear warm-up, then:
-    schedule.name = "cosine"  # "cosine" or "constant"
+    schedule.name = "cosine"  # "cosine", "constant", "step" or "poly"
+    schedule.drops = ()  # of "step": epochs from which the rate is a tenth
+    schedule.power = 0.9  # of "poly"
     schedule.per = "step"  # the rate changes every "step" or every "epoch"
     schedule.round_up = False  # an epoch counts its last, partial batch; the stream fills it from the next epoch
     schedule.lag = 0  # with "epoch": 1 to change the rate one epoch late, as DeiT's trainer does
     schedule.warmup_epochs = 5.0  # length of the warm-up
     schedule.warmup_lr = 1e-6  # at step 0
     schedule.min_lr = 1e-5  # at the end
-    schedule.cooldown_epochs = 0.0  # at min_lr, after the cosine; part of config.epochs
+    schedule.cooldown_epochs = 0.0  # at min_lr, after "cosine" or "poly"; part of config.epochs
     schedule.scale_ends = False  # warmup_lr and min_lr grow with the batch as well
 
     config.loss = ConfigDict()

@@ -1,19 +1,22 @@
 """COCO's average precision of boxes and of masks, and the files of results that its server takes.
 
-The numbers are pycocotools' `COCOeval`; faster-coco-eval computes them.
+The numbers are those of pycocotools.
 """
 
+import contextlib
 import functools
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import faster_coco_eval
 import flax
 import jax
 import numpy as np
 from clu import metrics
-from faster_coco_eval import mask as rle
+from pycocotools import mask as run_lengths
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from vitpyramid.heads.detector import Detections
 from vitpyramid.heads.masks import paste
@@ -51,14 +54,14 @@ def average_precision(ground_truth: Mapping, results: Sequence[Mapping], kind: s
     for key, known in (("image_id", "images"), ("category_id", "categories")):
         if strange := {result[key] for result in results} - {one["id"] for one in ground_truth[known]}:
             raise ValueError(f"results have {key} {min(strange)}, which is none of the ground truth's {known}")
-    # Copied: the library writes into annotations.
-    truth = faster_coco_eval.COCO(dict(ground_truth), use_deepcopy=True, print_function=_silent)
-    judge = faster_coco_eval.COCOeval_faster(
-        truth, truth.loadRes(_of_kind(results, kind)), kind, print_function=_silent
-    )
-    judge.params.maxDets = list(most)
-    judge.evaluate()
-    judge.accumulate()
+    with contextlib.redirect_stdout(io.StringIO()):  # the library prints
+        truth = _indexed(ground_truth, ground_truth["annotations"])
+        of_kind = _of_kind(results, kind)
+        found = truth.loadRes(of_kind) if of_kind else _indexed(ground_truth, [])
+        judge = COCOeval(truth, found, kind)
+        judge.params.maxDets = list(most)
+        judge.evaluate()
+        judge.accumulate()
     # [IoU threshold, recall, class, area, most] and the same without recall.
     precision, recall = judge.eval["precision"], judge.eval["recall"]
     numbers = {
@@ -75,6 +78,14 @@ def average_precision(ground_truth: Mapping, results: Sequence[Mapping], kind: s
     )
 
 
+def _indexed(ground_truth: Mapping, annotations: Sequence[Mapping]) -> COCO:
+    indexed = COCO()
+    # Copied: the library writes into annotations.
+    indexed.dataset = {**ground_truth, "annotations": [dict(annotation) for annotation in annotations]}
+    indexed.createIndex()
+    return indexed
+
+
 def _of_kind(results: Sequence[Mapping], kind: str) -> list[dict]:
     # With both in it the library takes the box's area for that of the mask.
     keys = ("image_id", "category_id", "score", {BOXES: "bbox", MASKS: "segmentation"}[kind])
@@ -85,10 +96,6 @@ def _mean(values: np.ndarray) -> float:
     """Over the classes that there is something of."""
     there = values[values > -1]
     return float(there.mean()) if there.size else -1.0
-
-
-def _silent(*_) -> None:
-    """The library's prints."""
 
 
 def results_of(
@@ -124,7 +131,7 @@ def results_of(
 
 def encode(mask: np.ndarray) -> dict:
     """A bool mask `[H, W]` as COCO's compressed run lengths, fit for JSON."""
-    packed = rle.encode(np.asfortranarray(mask, np.uint8))
+    packed = run_lengths.encode(np.asfortranarray(mask, np.uint8))
     counts = packed["counts"]
     return {
         "size": [int(side) for side in packed["size"]],

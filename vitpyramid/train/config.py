@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from vitpyramid import configs
 from vitpyramid.tasks import TASKS
-from vitpyramid.tasks.rules import BATCH, EPOCHS, FRACTION, SHARE, are_patterns, between, one_of
+from vitpyramid.tasks.rules import BATCH, EPOCHS, FRACTION, SHARE, Rule, are_patterns, between, one_of
 from vitpyramid.tasks.task import ConfigError
 
 # Keys that change neither what is learned nor how it is measured: a run may be resumed with others.
@@ -47,7 +47,9 @@ RULES = {
     "optim.accumulate": BATCH,
     "optim.layer_decay": SHARE,
     "optim.lr_rules": are_patterns(between(0, 1e6)),
-    "schedule.name": one_of("cosine", "constant"),
+    "schedule.name": one_of("cosine", "constant", "step", "poly"),
+    "schedule.drops": Rule(lambda v: list(v) == sorted(v) and all(map(EPOCHS.allows, v)), "rising numbers of epochs"),
+    "schedule.power": between(0, 10, above=True),
     "schedule.per": one_of("step", "epoch"),
     "schedule.lag": between(0, 1),
     "schedule.warmup_epochs": between(0, EPOCHS.high),

@@ -110,7 +110,8 @@ def train(
                 if not metrics:
                     with report.paused(step):
                         options = eval_batches, mesh, stop_requested
-                        metrics = numbers(measure(eval_step, state.variables, state.ema, *options))
+                        measured = measure(eval_step, state.variables, state.ema, *options)
+                        metrics = _written(task, measured, workdir)
                     report.evaluated(step, metrics)
             stop = stop_requested()
             if step == total or stop:
@@ -134,7 +135,7 @@ def evaluate_checkpoint(task: Task, workdir: Path) -> tuple[int, dict[str, float
     Returns the checkpoint's step and the metrics.
     """
     step, measured = measure_checkpoint(task, workdir)
-    return step, numbers(measured)
+    return step, _written(task, measured, workdir)
 
 
 def measure_checkpoint(task: Task, workdir: Path) -> tuple[int, dict[str, Metrics]]:
@@ -184,6 +185,15 @@ def measure(
 def numbers(measured: dict[str, Metrics]) -> dict[str, float]:
     """The values of what `measure` gives, by prefix and name."""
     return {prefix + name: value for prefix, one in measured.items() for name, value in compute(one).items()}
+
+
+def _written(task: Task, measured: dict[str, Metrics], workdir: Path) -> dict[str, float]:
+    """The `numbers`; the task's files of them are written into `workdir`."""
+    if jax.process_index() == 0:
+        for prefix, one in measured.items():
+            for name, text in task.files(one).items():
+                write_atomically(workdir / f"{prefix}{name}", text)
+    return numbers(measured)
 
 
 def _merged(measured: Metrics | None, more: Metrics) -> Metrics:

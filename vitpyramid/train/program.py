@@ -69,10 +69,12 @@ def abstract_variables(task: Task, mesh: Mesh) -> dict:
 
 def abstract_batch(task: Task, mesh: Mesh, evaluation: bool = False) -> dict:
     """Shapes, dtypes and shardings of a batch on the devices."""
+    return _on_devices(task.batch(evaluation), mesh)
+
+
+def _on_devices(batch: dict, mesh: Mesh) -> dict:
     sharding = batch_sharding(mesh)
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), task.batch(evaluation)
-    )
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), batch)
 
 
 def train_step_for(task: Task, program: Program, mesh: Mesh) -> tuple[jax.stages.Wrapped, tuple]:
@@ -89,16 +91,31 @@ def eval_step_for(task: Task, variables: dict, mesh: Mesh) -> tuple[jax.stages.W
     return step, (variables, abstract_batch(task, mesh, evaluation=True))
 
 
-def compile_train_step(task: Task, program: Program, mesh: Mesh) -> jax.stages.Compiled:
+def compile_train_step(task: Task, program: Program, mesh: Mesh) -> Callable:
     """The training step, compiled. It takes the state's memory over."""
-    step, shapes = train_step_for(task, program, mesh)
-    return compile_logged("train step", step, *shapes)
+    others = [_on_devices(batch, mesh) for batch in task.other_batches(False)]
+    return _compile_for_each("train step", *train_step_for(task, program, mesh), others)
 
 
-def compile_eval_step(task: Task, variables: dict, mesh: Mesh) -> jax.stages.Compiled:
+def compile_eval_step(task: Task, variables: dict, mesh: Mesh) -> Callable:
     """The evaluation step, compiled."""
-    step, shapes = eval_step_for(task, variables, mesh)
-    return compile_logged("evaluation step", step, *shapes)
+    others = [_on_devices(batch, mesh) for batch in task.other_batches(True)]
+    return _compile_for_each("evaluation step", *eval_step_for(task, variables, mesh), others)
+
+
+def _compile_for_each(what: str, step: jax.stages.Wrapped, shapes: tuple, others: list[dict]) -> Callable:
+    """A step `(state, batch, ...)` compiled for these shapes, and for other batches."""
+    first, batch, *rest = shapes
+    compiled = compile_logged(what, step, *shapes)
+    if not others:
+        return compiled
+    programs = {_shapes(other): compile_logged(what, step, first, other, *rest) for other in others}
+    programs[_shapes(batch)] = compiled
+    return lambda state, batch, *rest: programs[_shapes(batch)](state, batch, *rest)
+
+
+def _shapes(batch: dict) -> tuple:
+    return tuple(leaf.shape for _, leaf in sorted(batch.items()))
 
 
 def use_compile_cache(folder: str) -> None:
