@@ -1,5 +1,6 @@
 """The contract of a task: what is learned, as a record of functions. The training loop knows nothing else of it."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import Any
@@ -15,6 +16,15 @@ Batch = dict[str, Any]  # arrays with one row for each example, on the host or o
 
 class ConfigError(ValueError):
     """A config that cannot be run; the message names each key, its value and what was expected."""
+
+
+@contextlib.contextmanager
+def config_errors(prefix: str = "") -> Iterator[None]:
+    """Data and weights that cannot be had are a config that cannot be run."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{prefix}{error}") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """Reads a config's file, checks it before any work starts, and compares it with the config of an earlier run."""
 
 import difflib
+import functools
 import importlib.util
 import numbers
+import operator
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -145,7 +147,8 @@ def validate(config: ConfigDict, reference: ConfigDict, device_count: int, evalu
     problems = [f"{key} = {flat[key]!r}: no such key{nearest(key, known)}" for key in flat if key not in known]
     problems += [f"{key}: missing" for key in known if key not in flat]
     task = TASKS.get(flat.get("task"))
-    rules = RULES | (task.RULES if task else {})
+    # All configs have the keys of all tasks; of one key the task's own rule counts.
+    rules = functools.reduce(operator.or_, [module.RULES for module in (*TASKS.values(), task) if module], RULES)
     for key in flat.keys() & known.keys():
         value = flat[key]
         if not _same_type(value, known[key]):
