@@ -54,18 +54,8 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager):
         del dl_manager  # nothing to download
-        # Imported here: needed once, to prepare, and slow to import in every data worker.
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-
-        digits = load_digits()
-        images = np.round(digits.images * 255 / 16).astype(np.uint8)
-        everything = np.arange(len(images))
-        train, test = train_test_split(everything, test_size=0.2, random_state=0, stratify=digits.target)
-        return {
-            "train": self._generate_examples(images, digits.target, train),
-            "test": self._generate_examples(images, digits.target, test),
-        }
+        images, labels, splits = _stretched()
+        return {split: self._generate_examples(images, labels, indices) for split, indices in splits.items()}
 
     def _generate_examples(self, images: np.ndarray, labels: np.ndarray, indices: np.ndarray) -> Iterator:
         for index in indices:
@@ -73,3 +63,21 @@ class Digits(tfds.core.GeneratorBasedBuilder):
             png = io.BytesIO()
             Image.fromarray(images[index]).save(png, format="png")
             yield int(index), {"image": png.getvalue(), "label": int(labels[index])}
+
+
+def split_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 [n, 8, 8] and labels int64 [n] of the split "train" or "test"."""
+    images, labels, splits = _stretched()
+    return images[splits[split]], labels[splits[split]].astype(np.int64)
+
+
+def _stretched() -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """All images and labels, and the indices of each split."""
+    # Imported here: slow to import in every data worker.
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images = np.round(digits.images * 255 / 16).astype(np.uint8)
+    train, test = train_test_split(np.arange(len(images)), test_size=0.2, random_state=0, stratify=digits.target)
+    return images, digits.target, {"train": train, "test": test}

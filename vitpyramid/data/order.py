@@ -1,6 +1,12 @@
 """Which example stands in which row of which batch: a pure function of the seed, computed and never stored."""
 
+import threading
+
 import grain
+import numpy as np
+
+_DRAWING = threading.Lock()  # so that threads do not draw the same epoch at once
+_EPOCHS = 4  # that are kept
 
 
 def train_order(size: int, seed: int, batch_size: int, repeats: int, groups: int = 1) -> grain.MapDataset:
@@ -31,6 +37,91 @@ def train_order(size: int, seed: int, batch_size: int, repeats: int, groups: int
     if batch_size % groups:
         raise ValueError(f"mix.groups: {groups} is no divisor of batch_size = {batch_size}.")
     return _Repeated(order, size, repeats, batch_size, groups)
+
+
+def eval_order(size: int, batch_size: int, groups: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The order of evaluation: the index of the example in each row of all batches, and whether it is one.
+
+    Examples stand in the split's order, each once, one group after the other. A group's last batch is filled up with
+    rows that are no examples; their index is that of the group's last example.
+
+    Args:
+      size: examples of the split.
+      batch_size: global.
+      groups: see `Grouped`; None: one group.
+
+    Returns:
+      int64 [n] and bool [n].
+    """
+    members = [np.arange(size)] if groups is None else [np.flatnonzero(groups == group) for group in np.unique(groups)]
+    fillers = [-len(group) % batch_size for group in members]
+    indices = [np.pad(group, (0, count), mode="edge") for group, count in zip(members, fillers, strict=True)]
+    real = [np.arange(len(padded)) < len(group) for padded, group in zip(indices, members, strict=True)]
+    return np.concatenate(indices), np.concatenate(real)
+
+
+class Grouped(grain.MapDataset):
+    """An endless order in which every batch holds examples of one group, such as images of one canvas.
+
+    Examples come as in `parent` and wait until there are `batch_size` of their group, which then are the next batch:
+    detectron2's `AspectRatioGroupedDataset`, over any number of epochs and hosts. So each example comes once in each
+    permutation, as without groups, and e permutations of N examples have e * N / B batches, less than one for each
+    group fewer. Which batch is the k-th follows from the permutations of its epoch alone: those before it left
+    e * n mod B of a group's n examples waiting.
+    """
+
+    def __init__(self, parent: grain.MapDataset, groups: np.ndarray, batch_size: int):
+        """Takes an order without copies.
+
+        Args:
+          parent: permutations of the N examples, one after the other.
+          groups: int [N], the group of each example, counted from 0.
+          batch_size: global, B.
+        """
+        super().__init__(parent)
+        self._groups = groups
+        self._sizes = np.bincount(groups).tolist()
+        self._batch_size = batch_size
+        self._epochs: dict[int, tuple[list[np.ndarray], np.ndarray]] = {}
+
+    def __len__(self) -> int:
+        return len(self._parent)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        batch, row = divmod(index, self._batch_size)
+        epoch = batch * self._batch_size // len(self._groups)  # as many batches are full by then at most
+        while self._full(epoch + 1) <= batch:
+            epoch += 1
+        group, number = self._draw(epoch)[1][batch - self._full(epoch)].tolist()
+        epoch, place = divmod(number * self._batch_size + row, self._sizes[group])
+        return int(self._draw(epoch)[0][group][place])
+
+    def _full(self, epochs: int) -> int:
+        """Batches that are full after so many permutations."""
+        return sum(epochs * size // self._batch_size for size in self._sizes)
+
+    def _draw(self, epoch: int) -> tuple[list[np.ndarray], np.ndarray]:
+        """The examples of each group in a permutation, and group and number in it of the batches that it fills."""
+        with _DRAWING:
+            if epoch not in self._epochs:
+                while len(self._epochs) >= _EPOCHS:
+                    self._epochs.pop(next(iter(self._epochs)))
+                self._epochs[epoch] = self._permutation(epoch)
+            return self._epochs[epoch]
+
+    def _permutation(self, epoch: int) -> tuple[list[np.ndarray], np.ndarray]:
+        first = epoch * len(self._groups)
+        examples = np.array([self._parent[first + i] for i in range(len(self._groups))])
+        places = [np.flatnonzero(self._groups[examples] == group) for group in range(len(self._sizes))]
+        filled = []  # place of the example that fills a batch, group, number
+        for group, size in enumerate(self._sizes):
+            numbers = range(epoch * size // self._batch_size, (epoch + 1) * size // self._batch_size)
+            last = [(number + 1) * self._batch_size - 1 - epoch * size for number in numbers]
+            filled += zip(places[group][last].tolist(), [group] * len(last), numbers, strict=True)
+        batches = np.array(sorted(filled), np.int64).reshape(-1, 3)[:, 1:]
+        return [examples[place] for place in places], batches
 
 
 class HostRows(grain.MapDataset):

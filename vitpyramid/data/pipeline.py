@@ -11,18 +11,22 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
 
 from vitpyramid.data import augment
-from vitpyramid.data.order import HostRows, host_rows, train_order
+from vitpyramid.data.order import HostRows, eval_order, host_rows, train_order
 from vitpyramid.data.source import Source
 
 log = logging.getLogger(__name__)
 Batch = dict[str, np.ndarray]
-Pixels = Callable[[bytes], np.ndarray]  # uint8 [height, width, 3] of an image file; any exception if it is damaged
+# Of an example of the source and its index, in training also with a generator: its row of a batch; any exception if the
+# example is damaged. Functions of modules, or partial ones of such, as workers get them.
+TrainRow = Callable[[Any, int, np.random.Generator], Batch]
+EvalRow = Callable[[Any, int], Batch]
 _PIECE = 32  # examples at most that one thread makes at a time
 _SKIPPED: set[str] = set()  # places of examples that a warning was logged for; one each, not one an epoch
 _MOST_SKIPPED = 100  # examples in a row; more are no damaged files but a disk that is gone
@@ -71,18 +75,9 @@ def make_train(
       UnreadableError: from the iterator; a record that cannot be read, with its split, index and file; with
         `on_corrupt` "skip", a hundred in a row that cannot.
     """
-    rows = host_rows("batch_size", config.batch_size, process_index, process_count)
-    load = functools.partial(
-        _train_example,
-        source=source,
-        skip=config.data.on_corrupt == "skip",
-        settings=augment.from_config(config.data),
-    )
-    # random_map hands out a generator keyed by the position in the endless stream, so an image is cropped anew in each
-    # epoch and each copy. It must come before the choice of the host's rows, which renumbers positions.
+    row = functools.partial(_train_row, settings=augment.from_config(config.data))
     order = train_order(len(source), config.seed, config.batch_size, config.data.repeats, config.mix.groups)
-    mine = HostRows(order.random_map(load), rows, process_index, process_count, start_step)
-    return BatchIterator(mine, rows, config.data.threads, config.data.workers, endless=True)
+    return train_stream(config, source, order, row, start_step, process_index, process_count)
 
 
 def make_eval(config, source: Source, process_index: int = 0, process_count: int = 1) -> "EvalBatches":
@@ -107,15 +102,62 @@ def make_eval(config, source: Source, process_index: int = 0, process_count: int
       UnreadableError: from the iterator, as `make_train`; with `on_corrupt` "skip", at the end, if not one of this
         host's examples could be read.
     """
+    settings = augment.from_config(config.data)
+    row = functools.partial(_eval_row, settings=settings)
+    blank = functools.partial(_blank_row, size=settings.image_size)
+    return eval_batches(config, source, row, blank, process_index, process_count)
+
+
+def train_stream(
+    config,
+    source,
+    order: grain.MapDataset,
+    row: TrainRow,
+    start_step: int,
+    process_index: int,
+    process_count: int,
+    groups: np.ndarray | None = None,
+) -> "BatchIterator":
+    """Returns one host's share of the training stream that `order` gives; what `make_train` promises holds of it.
+
+    Args:
+      config: reads `batch_size` and, in `data`, `on_corrupt`, `threads` and `workers`.
+      source: has `name`, `split`, a length, examples by index, and `where(index)` for messages.
+      order: index of the example of each position in the endless stream.
+      row: what becomes of an example. Its generator is keyed by the position, so that an example is another one in
+        each epoch and each copy.
+      groups: int [len(source)], numbers of groups whose rows alone may stand in one batch; None: one group.
+    """
+    rows = host_rows("batch_size", config.batch_size, process_index, process_count)
+    skip = config.data.on_corrupt == "skip"
+    load = functools.partial(_train_example, source=source, skip=skip, row=row, groups=groups)
+    # Before the choice of the host's rows, which renumbers positions.
+    mine = HostRows(order.random_map(load), rows, process_index, process_count, start_step)
+    return BatchIterator(mine, rows, config.data.threads, config.data.workers, endless=True)
+
+
+def eval_batches(
+    config,
+    source,
+    row: EvalRow,
+    blank: Callable[[int], Batch],
+    process_index: int,
+    process_count: int,
+    groups: np.ndarray | None = None,
+) -> "EvalBatches":
+    """Returns one host's share of a split, every example exactly once over all hosts; `mask` is added to the rows.
+
+    Args:
+      config: reads `eval.batch_size` and, in `data`, `on_corrupt`, `threads` and `workers`.
+      source, groups: as `train_stream`.
+      row: what becomes of an example.
+      blank: of an index, the row of nothing that fills up a batch of that example's group, or replaces that example.
+    """
     rows = host_rows("eval.batch_size", config.eval.batch_size, process_index, process_count)
-    load = functools.partial(
-        _eval_example,
-        source=source,
-        skip=config.data.on_corrupt == "skip",
-        settings=augment.from_config(config.data),
-    )
-    padded = -(-len(source) // config.eval.batch_size) * config.eval.batch_size
-    mine = HostRows(grain.MapDataset.range(padded).map(load), rows, process_index, process_count)
+    indices, real = eval_order(len(source), config.eval.batch_size, groups)
+    skip = config.data.on_corrupt == "skip"
+    load = functools.partial(_eval_example, indices=indices, real=real, source=source, skip=skip, row=row, blank=blank)
+    mine = HostRows(grain.MapDataset.range(len(indices)).map(load), rows, process_index, process_count)
     return EvalBatches(mine, source, rows, config.data.threads, config.data.workers)
 
 
@@ -223,45 +265,63 @@ def _wait_for_parent() -> None:
     os._exit(1)
 
 
+def _train_row(example: dict, index: int, rng: np.random.Generator, *, settings: augment.Augmentation) -> Batch:
+    return {"image": augment.train_image(example["image"], rng, settings), "label": np.int32(example["label"])}
+
+
+def _eval_row(example: dict, index: int, *, settings: augment.Augmentation) -> Batch:
+    return {"image": augment.eval_image(example["image"], settings), "label": np.int32(example["label"])}
+
+
+def _blank_row(index: int, *, size: tuple[int, int]) -> Batch:
+    return {"image": np.zeros((*size, 3), np.uint8), "label": np.int32(0)}
+
+
 def _train_example(
-    index: int,
-    rng: np.random.Generator,
-    *,
-    source: Source,
-    skip: bool,
-    settings: augment.Augmentation,
+    index: int, rng: np.random.Generator, *, source, skip: bool, row: TrainRow, groups: np.ndarray | None
 ) -> Batch:
-    return _read_or_next(source, index, lambda data: augment.train_image(data, rng, settings), skip)
-
-
-def _eval_example(index: int, *, source: Source, skip: bool, settings: augment.Augmentation) -> Batch:
-    exists = index < len(source)
-    example = _read(source, index, lambda data: augment.eval_image(data, settings), skip) if exists else None
-    mask = example is not None
-    if example is None:
-        example = {"image": np.zeros((*settings.image_size, 3), np.uint8), "label": np.int32(0)}
-    skipped = {"skipped": np.bool_(exists and not mask)} if skip else {}
-    return example | {"mask": np.bool_(mask)} | skipped
-
-
-def _read_or_next(source: Source, index: int, pixels: Pixels, skip: bool) -> Batch:
-    """An example, or with `skip` the next one that can be read, and `skipped`, whether it is another one."""
-    tries = min(len(source), _MOST_SKIPPED)
-    for offset in range(tries):
-        example = _read(source, (index + offset) % len(source), pixels, skip)
-        if example is not None:
-            return example | ({"skipped": np.bool_(offset > 0)} if skip else {})
+    """An example's row, or with `skip` that of the next one that can be read, and `skipped`, whether it is another."""
+    tries = 0
+    for candidate in _candidates(index, len(source), groups):
+        made = _read(source, candidate, lambda example, index: row(example, index, rng), skip)
+        if made is not None:
+            return made | ({"skipped": np.bool_(tries > 0)} if skip else {})
+        tries += 1
     raise UnreadableError(
         f"data.on_corrupt: {source.name!r}, split {source.split!r}: none of the {tries} examples from index {index} on "
         "can be read."
     )
 
 
-def _read(source: Source, index: int, pixels: Pixels, skip: bool) -> Batch | None:
-    """An example, its image made by `pixels` from the file's bytes; with `skip`, None if it cannot be read."""
+def _candidates(index: int, size: int, groups: np.ndarray | None) -> Iterator[int]:
+    """The example, then those of its group that may stand for it: the next ones, from the end on the first ones."""
+    yield index
+    others = np.roll(np.arange(size), -index)[1:]
+    if groups is not None:
+        others = others[groups[others] == groups[index]]
+    yield from others[: _MOST_SKIPPED - 1].tolist()
+
+
+def _eval_example(
+    position: int,
+    *,
+    indices: np.ndarray,
+    real: np.ndarray,
+    source,
+    skip: bool,
+    row: EvalRow,
+    blank: Callable[[int], Batch],
+) -> Batch:
+    index, exists = int(indices[position]), bool(real[position])
+    made = _read(source, index, row, skip) if exists else None
+    skipped = {"skipped": np.bool_(exists and made is None)} if skip else {}
+    return (blank(index) if made is None else made) | {"mask": np.bool_(made is not None)} | skipped
+
+
+def _read(source, index: int, row: EvalRow, skip: bool) -> Batch | None:
+    """An example's row; with `skip`, None if it cannot be read."""
     try:
-        record = source[index]
-        return {"image": pixels(record["image"]), "label": np.int32(record["label"])}
+        return row(source[index], index)
     # Broad: whatever a damaged file makes the reader raise, the message must say which record it was.
     except Exception as error:
         place = f"{source.name!r}, split {source.split!r}, index {index} ({source.where(index)})"

@@ -92,10 +92,7 @@ def open_prepared(name: str, data_dir: str, split: str) -> tuple[PreparedRecords
       ValueError: no such data set, not prepared, neither as ArrayRecord nor as TFRecord, damaged or missing files, no
         such split, or no image and class label in its features.
     """
-    data_dir = os.path.expanduser(data_dir)  # TFDS leaves a ~ as it is
-    if name == "digits" and in_bucket(data_dir):
-        raise ValueError(f"data.data_dir: {data_dir}: expected a folder of this machine for 'digits', 2 MB")
-    builder = _prepared_digits(data_dir) if name == "digits" else _prepared_builder(name, data_dir)
+    builder = open_builder(name, data_dir)
     features = builder.info.features
     expected = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
     if not all(key in features and isinstance(features[key], kind) for key, kind in expected.items()):
@@ -103,13 +100,25 @@ def open_prepared(name: str, data_dir: str, split: str) -> tuple[PreparedRecords
             f"data.name: {name!r} is no image classification set: expected the features 'image' (Image) and 'label' "
             f"(ClassLabel), it has {sorted(features)}."
         )
+    return PreparedRecords(features, open_examples(builder, split)), tuple(features["label"].names)
+
+
+def open_builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
+    """The builder of a data set that is prepared; `digits` is prepared on first use. See `open_prepared`."""
+    data_dir = os.path.expanduser(data_dir)  # TFDS leaves a ~ as it is
+    if name == "digits" and in_bucket(data_dir):
+        raise ValueError(f"data.data_dir: {data_dir}: expected a folder of this machine for 'digits', 2 MB")
+    return _prepared_digits(data_dir) if name == "digits" else _prepared_builder(name, data_dir)
+
+
+def open_examples(builder: tfds.core.DatasetBuilder, split: str) -> ArrayRecords | TFRecords:
+    """The serialised examples of a split. See `open_prepared`."""
     file_format = _file_format(builder)
     instructions = _file_instructions(builder, split, file_format)
     try:
-        examples = (ArrayRecords if file_format == ARRAY_RECORD else TFRecords)(instructions)
+        return (ArrayRecords if file_format == ARRAY_RECORD else TFRecords)(instructions)
     except ValueError as error:
         raise ValueError(f"data.name / data.data_dir: {builder.info.full_name!r}: {error}") from error
-    return PreparedRecords(features, examples), tuple(features["label"].names)
 
 
 def _file_format(builder: tfds.core.DatasetBuilder) -> tfds.core.FileFormat:

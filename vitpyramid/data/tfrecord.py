@@ -80,7 +80,7 @@ def index_files(paths: Sequence[str]) -> dict[str, np.ndarray]:
     Raises:
       ValueError: see `scan`; or a file cannot be read.
     """
-    cache = _cache_folder()
+    cache = cache_folder("tfrecord")
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as executor:
         indexed = executor.map(functools.partial(_index_file, cache=cache), paths)
         return dict(zip(paths, with_progress(indexed, len(paths), "indexing TFRecord files"), strict=True))
@@ -159,14 +159,15 @@ def _save(cached: Path, offsets: np.ndarray) -> None:
         log.warning("the index of a TFRecord file was not kept and will be made again: %s", error)
 
 
-def _cache_folder() -> Path | None:
-    folder = Path(platformdirs.user_cache_dir("vitpyramid")) / "tfrecord"
+def cache_folder(kind: str) -> Path | None:
+    """A folder of the user's cache folder; None, and a warning, where nothing can be written there."""
+    folder = Path(platformdirs.user_cache_dir("vitpyramid")) / kind
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
-        log.warning("indices of TFRecord files are not kept, each run makes them again: %s", error)
+        log.warning("what was read of data sets is not kept, each run reads it again: %s", error)
         return None
 
 
