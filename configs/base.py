@@ -36,9 +36,7 @@ def get_config() -> ConfigDict:
     data.crop_ratio = (3 / 4, 4 / 3)  # random resized crop: width / height
     data.crop_padding = 0  # > 0: resize to image_size and crop from an image padded so, instead of the above
     data.flip = 0.5  # probability of a horizontal flip
-    data.interpolation = (
-        "bicubic"  # of training crops: "bicubic", "bilinear", "random" for either; "opencv" with boxes
-    )
+    data.interpolation = "bicubic"  # of training crops: "bicubic", "bilinear", "random" for either; "opencv" with boxes
     data.auto_augment = ""  # "rand-m9-mstd0.5-inc1" (RandAugment), "3a" (3-Augment), "original", "v0"; "": none
     data.color_jitter = 0.0  # strength of brightness, contrast, saturation changes; without auto_augment, or with "3a"
     data.repeats = 1  # times that an image comes, augmented anew each time, in one batch

@@ -8,7 +8,7 @@ import pytest
 from flax import traverse_util
 
 from harness import random_state_dict
-from vitpyramid import list_models
+from vitpyramid.models.registry import list_models
 from vitpyramid.weights import names
 from vitpyramid.weights.containers import open_contents
 from vitpyramid.weights.importer import import_weights, recognise

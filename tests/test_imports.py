@@ -16,7 +16,7 @@ ALLOWED = {
     "evals": {"heads"},
     "weights": {"models", "heads"},
     "tasks": {"models", "heads", "evals", "data", "weights"},
-    "train": {"tasks", "models", "data", "weights", "configs"},
+    "train": {"tasks", "models", "heads", "data", "weights", "configs"},
     "tools": {"train", "tasks", "models", "heads", "data", "weights"},
     "cli": {"tools", "train", "tasks", "configs"},
     "configs": set(),

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import pytest
 
 import golden
-from vitpyramid import create_model, list_models, model_facts, register_model
+from vitpyramid import create_model, model_facts, register_model
 from vitpyramid.models import registry
+from vitpyramid.models.registry import list_models
 
 OURS = {"regnety_micro", "pvt_micro", "pit_micro", "t2t_vit_micro", "rest_micro", "deit_micro"}
 

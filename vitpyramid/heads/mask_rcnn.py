@@ -7,6 +7,7 @@ are drawn.
 
 from collections.abc import Callable
 
+import flax.linen as nn
 import jax
 
 from vitpyramid.heads.detector import Detections, Targets, whole
@@ -86,6 +87,12 @@ class MaskRCNN(DenseNetwork, kw_only=True):
     mask_init: Callable = fan_out_normal
 
     after = ("neck", "rpn_head", "roi_head")
+    class_layer = "roi_head/bbox_head/fc_cls"
+
+    @nn.nowrap
+    def classes_of(self, rows: int) -> int:
+        """Of a class layer with `rows` outputs, of which one is background's."""
+        return rows - 1
 
     def setup(self):
         self.neck = FPN(self.channels, extra=1, pool=True, kernel_init=self.fc_init, dtype=self.dtype)

@@ -1,6 +1,7 @@
 """A network for dense prediction: a backbone and what stands on it."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -21,12 +22,24 @@ class DenseNetwork(nn.Module, kw_only=True):
       levels: which of its levels are read, 0 the finest.
       num_classes: without background.
       dtype: of the heads' activations and products; logits, boxes and losses are at least float32.
+
+    Declared by a network:
+      after: paths in `params` of what stands behind the backbone.
+      class_layer: path in `params` of the layer that has the classes, and `classes_of` its rows.
     """
 
     backbone: Backbone
     levels: tuple[int, ...]
     num_classes: int = 80
     dtype: jnp.dtype = jnp.float32
+
+    after: ClassVar[tuple[str, ...]]
+    class_layer: ClassVar[str]
+
+    @nn.nowrap
+    def classes_of(self, rows: int) -> int:
+        """`num_classes` of a network whose class layer has this many outputs."""
+        return rows
 
     @nn.nowrap
     def init(self, rngs, images: jax.Array, train: bool = False, method: str | None = None) -> dict:

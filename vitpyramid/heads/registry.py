@@ -52,7 +52,9 @@ DENSE: dict[str, DenseVariant] = {
 _MICRO = {"channels": 32, "num_classes": 10}
 DENSE |= {
     "retinanet_pvt_micro": DenseVariant(
-        RetinaNet, "pvt_micro", {**_MICRO, "channels": 64, "depth": 2, "scales": tuple(2 * 2 ** (i / 3) for i in range(3))}
+        RetinaNet,
+        "pvt_micro",
+        {**_MICRO, "channels": 64, "depth": 2, "scales": tuple(2 * 2 ** (i / 3) for i in range(3))},
     ),
     "mask_rcnn_pvt_micro": DenseVariant(
         MaskRCNN,

@@ -130,6 +130,12 @@ class RetinaNet(DenseNetwork, kw_only=True):
     clip_first: bool = True
 
     after = ("neck", "bbox_head")
+    class_layer = "bbox_head/retina_cls"
+
+    @nn.nowrap
+    def classes_of(self, rows: int) -> int:
+        """Of a class layer with `rows` outputs: one of each class for each anchor of a cell."""
+        return rows // len(self._base(1))
 
     @staticmethod
     def levels_of(strides: Sequence[int]) -> tuple[int, ...]:

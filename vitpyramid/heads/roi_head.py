@@ -175,7 +175,8 @@ class RoIHead(nn.Module):
                 boxes = jnp.concatenate([boxes, truth])
                 label, match = rule(box.overlaps(truth, boxes), there, jnp.concatenate([valid, there]))
             index, positive, chosen = sample(label, self.samples, most_positive, key)
-            boxes, match = boxes[index], match[index]
+            # Slots without a region: a box without area, of which everything is 0.
+            boxes, match = jnp.where(chosen[:, None], boxes[index], 0), match[index]
             classes = jnp.where(positive, labels[match], self.num_classes)
             return Regions(boxes, classes, match, positive, chosen, index)
 

@@ -78,6 +78,7 @@ class SemanticFPN(DenseNetwork, kw_only=True):
     library: str = "mmsegmentation"
 
     after = ("neck", "decode_head")
+    class_layer = "decode_head/conv_seg"
 
     def setup(self):
         self.neck = FPN(self.channels, dtype=self.dtype)

@@ -2,12 +2,12 @@
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
 from ml_collections import ConfigDict
 
 from vitpyramid.data import dense_pipeline
@@ -22,6 +22,7 @@ from vitpyramid.tasks import prepare as on_device
 from vitpyramid.tasks.rules import SHARE, Rule, between, interval, one_of
 from vitpyramid.tasks.task import Batch, ConfigError, config_errors
 from vitpyramid.weights import load_pretrained
+from vitpyramid.weights.dense_start import from_classifier
 
 log = logging.getLogger(__name__)
 
@@ -180,38 +181,41 @@ def canvas(batch: Batch, config: ConfigDict, dtype) -> jax.Array:
 
 
 def load_initial(config: ConfigDict, model: DenseNetwork) -> dict | None:
-    """Variables of the network that begin with the weights of a classifier, `config.init`; None without one.
+    """Variables of the network that begin with those of `config.init`: a classifier's, or a file of the whole network.
 
-    What the backbone has besides them, and what they have besides the backbone, is logged by name.
+    What neither the weights nor the network have of the other is logged by name. None without `config.init`.
     """
     if not config.init:
         return None
-    name = backbone_name(config)
     log.info("reading init: %s", config.init)
-    options = {"image_size": config.data.image_size, "seed": config.seed}
     with config_errors(f"init = {config.init!r}: "):
         try:
-            _, weights = load_pretrained(config.init, name, **options)
-        except ValueError:  # some backbones read the last norm too, but weights without one are weights
-            _, weights = load_pretrained(config.init, name, features_only=True, **options)
+            whole, variables = load_pretrained(config.init, config.model.name)
+        except ValueError:
+            weights = _classifier(config, backbone_name(config))
+        else:
+            if whole.num_classes != config.model.num_classes:
+                raise ConfigError(f"model.num_classes = {config.model.num_classes}: expected {whole.num_classes}")
+            return variables
+        variables, unused, initialised = from_classifier(model, weights, config.seed)
+    for what, paths in (("has no place for", unused), ("begins anew with", initialised)):
+        if named := [path.split("/", 1)[1] for path in paths]:
+            log.info("init: %s %s %s", config.model.name, what, ", ".join(_folded(named, model.after)))
+    return variables
+
+
+def _classifier(config: ConfigDict, name: str) -> dict:
+    """Variables of a backbone, with its last norm and head where the file has them."""
+    options = {"image_size": config.data.image_size, "seed": config.seed}
+    try:
+        _, weights = load_pretrained(config.init, name, **options)
+    except ValueError:
+        _, weights = load_pretrained(config.init, name, features_only=True, **options)
     if config.model.scan:
         weights = {**weights, "params": stack_blocks(weights["params"], get_variant(name).model.stages)}
-    given = {(kind, "backbone", *path): array for (kind, *path), array in traverse_util.flatten_dict(weights).items()}
+    return weights
 
-    def init() -> dict:
-        images = jnp.zeros((1, 64, 64, 3), model.dtype)
-        return traverse_util.flatten_dict(model.init(jax.random.key(config.seed), images))
 
-    shapes = jax.eval_shape(init)
-    taken = {path: array for path, array in given.items() if path in shapes and array.shape == shapes[path].shape}
-    fresh = [path for path in shapes if path not in taken]
-    log.info("init: %d arrays of the backbone were taken", len(taken))
-    for what, paths in (
-        ("in the backbone and not in init, so at their start", [path for path in fresh if path[1] == "backbone"]),
-        ("in init and not in the backbone, so left out", [path for path in given if path not in taken]),
-    ):
-        if paths:
-            log.info("init: %s: %s", what, ", ".join("/".join(path[2:]) for path in paths))
-    # In jit: what is not asked for is not computed.
-    started = jax.jit(lambda: list(map(init().get, fresh)))()
-    return traverse_util.unflatten_dict(taken | dict(zip(fresh, jax.device_get(started), strict=True)))
+def _folded(paths: Sequence[str], modules: Sequence[str]) -> list[str]:
+    """Paths, those of one of the modules as that module's name."""
+    return list(dict.fromkeys(next((m for m in modules if path.startswith(f"{m}/")), path) for path in paths))

@@ -1,6 +1,6 @@
 """Weights in from PyTorch and out again, without PyTorch."""
 
-from vitpyramid.weights.names import flax_to_torch, torch_to_flax
+from vitpyramid.weights.dense_names import flax_to_torch, torch_to_flax
 from vitpyramid.weights.pretrained import load_pretrained
 from vitpyramid.weights.reader import UnsafeFileError, read_torch_file
 

@@ -167,7 +167,7 @@ def open_contents(content: Any, weights: str = "auto") -> Contents:
     Raises:
       ValueError: no state dict in it, or not the one asked for, or several; the message lists what there is.
     """
-    container, found = _unwrap(content, weights)
+    container, found = unwrap(content, weights)
     dialect, prefix = _dialect(found)
     origin, state_dict, ignored = {}, {}, []
     for key, array in found.items():
@@ -190,7 +190,8 @@ def open_contents(content: Any, weights: str = "auto") -> Contents:
     return Contents(state_dict, origin, container, prefix, dialect.names, ignored)
 
 
-def _unwrap(content: Any, weights: str) -> tuple[str, Mapping[str, Any]]:
+def unwrap(content: Any, weights: str) -> tuple[str, Mapping[str, Any]]:
+    """Where the state dict lies in a checkpoint, and the state dict; arguments and errors as of `open_contents`."""
     if not isinstance(content, Mapping):
         raise ValueError(f"expected a state dict or a training state, the file holds a {type(content).__name__}")
     order = {"auto": EMA + RAW, "ema": EMA + OTHER_EMA, "raw": RAW}[weights]

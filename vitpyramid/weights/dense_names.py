@@ -17,10 +17,44 @@ import numpy as np
 from flax import traverse_util
 
 from vitpyramid.heads.network import DenseNetwork
+from vitpyramid.heads.registry import DENSE, create_model
 from vitpyramid.weights import names
 from vitpyramid.weights.names import Path
 
 NORMALISER = ("batch_stats", "loss_normaliser")
+# Buffers of detectron2 that are no parameters.
+IGNORED = re.compile(rf"(\.{names.COUNTER}|^pixel_(mean|std)|anchor_generator\.cell_anchors\.\d+)$")
+
+
+def torch_to_flax(name: str, state_dict: Mapping) -> dict:
+    """`names.torch_to_flax` of any of `list_models()`: backbones, and networks for dense prediction."""
+    if name not in DENSE:
+        return names.torch_to_flax(name, state_dict)
+    network = network_of(name, {key: np.shape(value) for key, value in state_dict.items()})
+    return from_state_dict(create_model(**network), state_dict)
+
+
+def flax_to_torch(name: str, variables: Mapping) -> dict[str, np.ndarray]:
+    """`names.flax_to_torch` of any of `list_models()`; inverse of `torch_to_flax`."""
+    if name not in DENSE:
+        return names.flax_to_torch(name, variables)
+    return to_state_dict(create_model(name), variables)
+
+
+def network_of(name: str, torch_shapes: names.Shapes) -> dict:
+    """`{"name", "num_classes", "image_size"}` of a state dict of the network for dense prediction called `name`; where
+    the state dict lacks what says so, the network's own numbers."""
+    model = create_model(name)
+    rows = torch_shapes.get(torch_name(model, ("params", *model.class_layer.split("/"), "bias")))
+    tables = {}
+    for table in model.backbone.position_tables:
+        key = torch_name(model, ("params", "backbone", *table.path.split("/")[1:]))
+        tables |= {table.path: torch_shapes[key]} if key in torch_shapes else {}
+    return {
+        "name": name,
+        "num_classes": model.classes_of(rows[0]) if rows else model.num_classes,
+        "image_size": model.backbone.native_side(tables) or model.backbone.image_size,
+    }
 
 
 def from_state_dict(model: DenseNetwork, state_dict: Mapping) -> dict:
@@ -37,9 +71,8 @@ def from_state_dict(model: DenseNetwork, state_dict: Mapping) -> dict:
     Raises:
       ValueError: missing keys, unexpected keys, wrong shapes (the message lists them).
     """
-    arrays = {k: np.asarray(value) for k, value in state_dict.items() if not k.endswith(f".{names.COUNTER}")}
-    shapes = _shapes(model)
-    expected = {torch_name(model, path): _torch_shape(path, shape) for path, shape in shapes.items()}
+    arrays = {key: np.asarray(value) for key, value in state_dict.items() if not IGNORED.search(key)}
+    shapes, expected = _shapes(model), torch_shapes(model)
     found = {key: array.shape for key, array in arrays.items()}
     if problems := names.compare(found, expected):
         listed = names.describe(problems, found, expected)
@@ -57,6 +90,11 @@ def to_state_dict(model: DenseNetwork, variables: Mapping) -> dict[str, np.ndarr
     state_dict = {torch_name(model, path): _to_torch(path, np.asarray(value)) for path, value in flat.items()}
     means = [key for key in state_dict if key.endswith(".running_mean")]
     return state_dict | {key.replace("running_mean", names.COUNTER): np.zeros((), np.int64) for key in means}
+
+
+def torch_shapes(model: DenseNetwork) -> names.Shapes:
+    """Shapes of all that is in files, by PyTorch's name, in PyTorch's layout."""
+    return {torch_name(model, path): _torch_shape(path, shape) for path, shape in _shapes(model).items()}
 
 
 def torch_name(model: DenseNetwork, path: Path) -> str:
@@ -96,6 +134,7 @@ def _detectron2(strides: tuple[int, ...]) -> dict[str, str]:
     }
 
 
+@functools.lru_cache(maxsize=8)
 def _shapes(model: DenseNetwork) -> dict[Path, tuple[int, ...]]:
     """Of all that is in files, by path."""
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)

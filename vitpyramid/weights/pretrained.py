@@ -4,9 +4,10 @@ from pathlib import Path
 
 import flax.linen as nn
 
-from vitpyramid.models.registry import create_model
+from vitpyramid.heads.registry import DENSE, create_model
 from vitpyramid.weights.adapt import adapt
 from vitpyramid.weights.containers import open_contents
+from vitpyramid.weights.dense_start import load_dense
 from vitpyramid.weights.importer import import_weights
 from vitpyramid.weights.names import check_variables
 from vitpyramid.weights.reader import read_torch_file
@@ -29,7 +30,8 @@ def load_pretrained(
         `https://...`.
       name: of the model, one of `list_models()`; None: as the folder says, or recognised by the file's keys and shapes.
       weights: "ema", "raw", or "auto": the moving average where a folder has one or a file has `state_dict_ema`.
-      num_classes: None: as the weights have; another number than theirs: the head is initialised anew.
+      num_classes: None: as the weights have; another number than theirs: the head is initialised anew. A network for
+        dense prediction is as its file has it.
       image_size: side of the square images whose grid the position tables get, resized; None: as the weights have.
       seed: of a new head.
       features_only: give the variables that `method="features"` reads, as a module that calls nothing else has them:
@@ -56,8 +58,10 @@ def load_pretrained(
             check_variables(stored.network, stored.variables)
             network, variables, *_ = adapt(stored.network, stored.variables, *wanted)
         else:
-            contents = open_contents(read_torch_file(path), weights)
-            network, variables, _ = import_weights(contents, name, *wanted)
+            content = read_torch_file(path)
+            if name in DENSE:
+                return load_dense(content, name, weights)
+            network, variables, _ = import_weights(open_contents(content, weights), name, *wanted)
     except ValueError as error:
         raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     return create_model(**network), variables

@@ -1,0 +1,69 @@
+"""Detectors in training: random samples, images without anything, half precision."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from harness import STAGES, quick_jit, random_images, random_variables
+from vitpyramid import create_model
+from vitpyramid.heads.detector import Targets
+from vitpyramid.models.pvt import PVT
+
+OPTIONS = {"channels": 8, "num_classes": 3, "dtype": jnp.bfloat16}
+MASK_RCNN = {"fc_channels": 8, "rpn_before": (30, 20), "rpn_after": (20, 10), "rpn_samples": 16, "roi_samples": 8}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("retinanet_rest_small", {"images_per_group": 1}), ("mask_rcnn_pvt_tiny", MASK_RCNN)]
+)
+def test_an_image_without_objects(name, options):
+    """Losses and gradients are finite, at least float32, and of padded slots nothing depends on what they hold."""
+    model = create_model(name, backbone=PVT((1, 1, 1, 1), **STAGES), **OPTIONS, **options)
+    images = jnp.asarray(random_images(2, 64, 96))
+    sizes = np.array([[64, 90], [50, 96]])
+    boxes = np.zeros((2, 3, 4), np.float32)
+    boxes[0, :2] = [[4, 6, 40, 50], [30, 10, 90, 60]]
+    valid = np.array([[True, True, False], [False] * 3])
+    masks = np.zeros((2, 3, 64, 96), bool)
+    masks[0, :, 10:40] = True
+
+    variables = random_variables(model)
+    if name.startswith("retinanet"):
+        variables["batch_stats"]["loss_normaliser"] = np.float32(100)
+    others = {key: value for key, value in variables.items() if key != "params"}
+
+    @quick_jit
+    def step(params, boxes, key):
+        targets = Targets(boxes, jnp.ones((2, 3), jnp.int32), jnp.asarray(valid), jnp.asarray(masks))
+
+        def loss(params):
+            found, updated = model.apply(
+                {"params": params, **others},
+                images,
+                targets,
+                sizes,
+                method="losses",
+                rngs={"dropout": key},
+                mutable=list(others),
+            )
+            return sum(value.sum() for value in found.values()), (found, updated)
+
+        (_, (found, updated)), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+        finite = jax.tree.reduce(lambda a, b: a & b, jax.tree.map(lambda g: jnp.isfinite(g).all(), gradients))
+        return found, updated, finite
+
+    found, updated, finite = step(variables["params"], boxes, jax.random.key(1))
+    assert finite and all(value.dtype == jnp.float32 and jnp.isfinite(value).all() for value in found.values())
+    assert all(value.sum() > 0 for value in found.values())
+    garbage = np.where(valid[..., None], boxes, np.nan)
+    again, *_ = step(variables["params"], garbage, jax.random.key(1))
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), found, again))
+    if name.startswith("mask"):
+        other, *_ = step(variables["params"], boxes, jax.random.key(2))
+        assert any((found[key] != other[key]).any() for key in found)  # other samples
+    else:
+        # Of each image by itself: the second has none, and counts as one.
+        normaliser = float(updated["batch_stats"]["loss_normaliser"])
+        positives = (normaliser - 90) / 0.1 * 2 - 1
+        assert positives > 1 and abs(positives - round(positives)) < 1e-2
