@@ -54,10 +54,7 @@ def get_config() -> ConfigDict:
     data.short_side_range = False  # any whole number from the smallest to the largest of them
     data.long_side = 1333  # what the longer side may not exceed
     data.scale_range = (1.0, 1.0)  # of a random factor of both
-    data.canvas = (
-        (800, 1344),
-        (1344, 800),
-    )  # (height, width) to pad images to; (): as many as there are sizes
+    data.canvas = ((800, 1344), (1344, 800))  # (height, width) to pad images to; (): as many as there are sizes
     data.max_boxes = 100  # of an image that are learned; others are counted
     data.masks = False  # of every box are learned
     data.crop = False  # a random part, as large as the one canvas

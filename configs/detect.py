@@ -4,7 +4,7 @@
         --config.data.data_dir=COCO --workdir=runs/retinanet_pvt_small
 
 COCO is a folder as its authors publish it: `annotations/instances_train2017.json`, `train2017/*.jpg`, and val2017.
-WEIGHTS of `--config.init` are a classifier's, also its authors' file; what does not fit is named.
+`--config.init` takes a classifier's weights, also its authors' file; what does not fit is named.
 
 Published AP of boxes, and of masks, at 12 epochs (`1x`, the default) and 36 (`,schedule=3x`, several sizes):
 
@@ -15,7 +15,6 @@ Published AP of boxes, and of masks, at 12 epochs (`1x`, the default) and 36 (`,
     pvt_large     42.6           43.4    42.9  39.5      44.5  40.7
     rest_small    40.3                   39.6  37.2
     rest_base     42.0                   41.6  38.7
-    rest_large    44.8
 
 PVT: mmdetection's settings, of whai362/PVT `detection/configs`; `,size=640` is its smaller images (pvt_small: 38.7).
 ResT: detectron2's, of wofmanaf/ResT `d2/configs`, whose images are not normalised as its classifier's are: blue, green,

@@ -62,7 +62,7 @@ def _scenes(entry: str) -> ConfigDict:
     config = base.get_config()
     config.task = "segment" if entry == "segment" else "detect"
     config.batch_size = 8
-    config.epochs = 2.0
+    config.epochs = 2.4
 
     config.model.name, config.model.num_classes = DENSE[entry], 11 if entry == "segment" else 10
     config.model.dtype, config.model.drop_path_rate = "float32", 0.0
@@ -75,9 +75,9 @@ def _scenes(entry: str) -> ConfigDict:
     data.canvas = data.eval_canvas = ((96, 96),)
     data.max_boxes, data.masks = 6, entry == "mask"
 
-    config.optim.lr, config.optim.lr_batch, config.optim.clip_norm = 1e-3, 0, 10.0
-    config.schedule.warmup_epochs = 0.2
+    config.optim.lr, config.optim.lr_batch, config.optim.clip_norm = 4e-4, 0, 10.0
+    config.schedule.warmup_epochs = 0.1
 
     config.eval.batch_size = 40
-    config.eval.every_epochs = config.checkpoint.every_epochs = 1.0
+    config.eval.every_epochs = config.checkpoint.every_epochs = 0.8
     return config

@@ -10,7 +10,7 @@ Published mIoU, of the paper (80,000 steps of 16) and of the released code, whos
     tiny 35.7, 36.6   small 39.8, 41.9   medium 41.6, 43.5   large 42.1, 43.5
 
 The authors evaluate every image at its own size; here canvases of a few sizes hold them, and the network sees the
-borders that are filled up. `--config.data.eval_canvas=()` compiles a step for every size that there is, without borders.
+borders that are filled up. `--config.data.eval_canvas=()` compiles a step for every size that there is, without them.
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax
@@ -19,6 +19,7 @@ from vitpyramid.models.registry import get_variant
 from vitpyramid.models.registry import list_models as list_backbones
 from vitpyramid.models.stack import stack_blocks
 from vitpyramid.tasks import prepare as on_device
+from vitpyramid.tasks.metrics import Metrics, Sum
 from vitpyramid.tasks.rules import SHARE, Rule, between, interval, one_of
 from vitpyramid.tasks.task import Batch, ConfigError, config_errors
 from vitpyramid.weights import load_pretrained
@@ -139,34 +140,41 @@ def with_classes(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def batches(config: ConfigDict, source: Annotated, evaluation: bool) -> list[dict[str, jax.ShapeDtypeStruct]]:
-    """Shapes and dtypes of global batches as `dense_pipeline` makes them, of each canvas, the largest first."""
+def batch(
+    config: ConfigDict, open_source: Callable[[bool], Annotated], evaluation: bool
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a global batch as `dense_pipeline` makes it, on the largest canvas."""
     settings, rows = config.data, config.eval.batch_size if evaluation else config.batch_size
-    choices = settings.eval_canvas if evaluation else settings.canvas
-    if source.task == "segment" and settings.crop and not evaluation:
-        sizes = choices
-    else:
+    sizes = settings.eval_canvas if evaluation else settings.canvas
+    if not sizes:
         resize = (dense_pipeline.eval_resize if evaluation else dense_pipeline.train_resize)(settings)
         with config_errors():
-            sizes = dense_pipeline.canvases(source, choices, resize).sizes
-    kinds = []
-    for height, width in sorted(sizes, key=lambda size: -size[0] * size[1]):
-        shapes = {"image": ((height, width, 3), jnp.uint8), "size": ((2,), jnp.int32)}
-        if evaluation:
-            shapes |= {"original_size": ((2,), jnp.int32), "scale": ((2,), jnp.float32)}
-            shapes |= {"index": ((), jnp.int32), "mask": ((), jnp.bool_)}
-        elif source.task == "segment":
-            shapes["label"] = (height, width), jnp.uint8
-        else:
-            slots = settings.max_boxes
-            shapes |= {"boxes": ((slots, 4), jnp.float32), "labels": ((slots,), jnp.int32)}
-            shapes["valid"] = (slots,), jnp.bool_
-            if settings.masks:
-                shapes["masks"] = (slots, height, -(-width // 8)), jnp.uint8
-        if settings.on_corrupt == "skip":
-            shapes["skipped"] = (), jnp.bool_
-        kinds.append({name: jax.ShapeDtypeStruct((rows, *shape), dtype) for name, (shape, dtype) in shapes.items()})
-    return kinds
+            sizes = dense_pipeline.canvases(open_source(not evaluation), (), resize).sizes
+    height, width = max(sizes, key=lambda size: size[0] * size[1])
+    shapes = {"image": ((height, width, 3), jnp.uint8), "size": ((2,), jnp.int32)}
+    if evaluation:
+        shapes |= {"original_size": ((2,), jnp.int32), "scale": ((2,), jnp.float32)}
+        shapes |= {"index": ((), jnp.int32), "mask": ((), jnp.bool_)}
+    elif config.task == "segment":
+        shapes["label"] = (height, width), jnp.uint8
+    else:
+        slots = settings.max_boxes
+        shapes |= {"boxes": ((slots, 4), jnp.float32), "labels": ((slots,), jnp.int32), "valid": ((slots,), jnp.bool_)}
+        if settings.masks:
+            shapes["masks"] = (slots, height, -(-width // 8)), jnp.uint8
+    if settings.on_corrupt == "skip":
+        shapes["skipped"] = (), jnp.bool_
+    return {name: jax.ShapeDtypeStruct((rows, *shape), dtype) for name, (shape, dtype) in shapes.items()}
+
+
+def counted(batch: Batch) -> Batch:
+    """Of the rows of a batch what is counted in words: whether another image stands for one that cannot be read."""
+    return {name: rows for name, rows in batch.items() if name == "skipped"}
+
+
+def sums(counted: Batch) -> Metrics:
+    """How many rows were counted."""
+    return {name: Sum.from_model_output(rows) for name, rows in counted.items()}
 
 
 def canvas(batch: Batch, config: ConfigDict, dtype) -> jax.Array:

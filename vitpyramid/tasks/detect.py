@@ -16,7 +16,7 @@ from vitpyramid.heads.network import DenseNetwork
 from vitpyramid.heads.retinanet import RetinaNet
 from vitpyramid.tasks import dense
 from vitpyramid.tasks.dense import View
-from vitpyramid.tasks.metrics import Metrics, Sum
+from vitpyramid.tasks.metrics import Metrics
 from vitpyramid.tasks.task import Batch, Task, config_errors
 
 BEST = "box_AP"
@@ -43,7 +43,6 @@ def make_task(config: ConfigDict) -> Task:
     config = dense.with_classes(config)
     model = dense.make_model(config)
     open_split = functools.cache(functools.partial(dense.open_split, config))
-    batches = functools.cache(lambda evaluation: dense.batches(config, open_split(not evaluation), evaluation))
     hosts = (jax.process_index(), jax.process_count())
     answers = coco.Answers(
         ground_truth=functools.cache(lambda: open_split(False).ground_truth()),
@@ -62,8 +61,7 @@ def make_task(config: ConfigDict) -> Task:
     def prepare(key: jax.Array, batch: Batch, constants: dict) -> tuple[View, Batch]:
         del key, constants
         x = prepare_eval(batch)
-        counted = {name: rows for name, rows in batch.items() if name in COUNTED}
-        return x.replace(targets=targets_of(batch)), counted
+        return x.replace(targets=targets_of(batch)), dense.counted(batch)
 
     def prepare_eval(batch: Batch) -> View:
         return View(dense.canvas(batch, config, model.dtype), batch["size"])
@@ -72,7 +70,8 @@ def make_task(config: ConfigDict) -> Task:
         # detectron2 cuts boxes at the image's border afterwards, mmdetection did so before.
         limits = batch["original_size"] if model.library == "detectron2" else None
         found = rescale(detections, batch["scale"], limits)
-        return {"found": coco.Found.of(found, batch["original_size"], batch["index"], batch["mask"], answers)}
+        found = coco.Found.of(found, batch["original_size"], batch["index"], batch["mask"], answers)
+        return {"found": found} | dense.sums(dense.counted(batch))
 
     return Task(
         config=config,
@@ -81,8 +80,7 @@ def make_task(config: ConfigDict) -> Task:
         model=model,
         network=dense.network(config),
         num_examples=lambda: len(open_split(True)),
-        batch=lambda evaluation: batches(evaluation)[0],
-        other_batches=lambda evaluation: batches(evaluation)[1:],
+        batch=functools.partial(dense.batch, config, open_split),
         train_batches=train_batches,
         eval_batches=eval_batches,
         prepare=prepare,
@@ -96,9 +94,6 @@ def make_task(config: ConfigDict) -> Task:
         about=lambda: {"classes": list(open_split(True).categories)},
         initial=lambda: dense.load_initial(config, model),
     )
-
-
-COUNTED = ("skipped", "dropped")
 
 
 def call(network: DenseNetwork, x: View, train: bool = False) -> dict[str, jax.Array] | Detections:
@@ -117,11 +112,10 @@ def targets_of(batch: Batch) -> Targets:
 
 
 def loss(losses: Mapping[str, jax.Array], counted: Batch) -> tuple[jax.Array, Metrics]:
-    """The sum of a network's losses, each of them, and how many rows or boxes were `COUNTED`."""
+    """The sum of a network's losses, each of them, and how many rows were `counted`."""
     sums = {name: value.sum() for name, value in losses.items()}
     metrics = {name: clu_metrics.Average.from_model_output(value) for name, value in sums.items()}
-    metrics |= {name: Sum.from_model_output(rows) for name, rows in counted.items()}
-    return sum(sums.values()), metrics
+    return sum(sums.values()), metrics | dense.sums(counted)
 
 
 def words(values: Mapping[str, float]) -> str:
@@ -131,6 +125,4 @@ def words(values: Mapping[str, float]) -> str:
     text += [f"{name} {100 * value:.1f}" for name, value in values.items() if name.endswith(kinds)]
     if values.get("skipped"):
         text.append(f"{values['skipped']:.0f} images skipped")
-    if values.get("dropped"):
-        text.append(f"{values['dropped']:.0f} boxes beyond data.max_boxes")
     return "  ".join(text)

@@ -41,7 +41,6 @@ def make_task(config: ConfigDict) -> Task:
     config = dense.with_classes(config)
     model = dense.make_model(config)
     open_split = functools.cache(functools.partial(dense.open_split, config))
-    batches = functools.cache(lambda evaluation: dense.batches(config, open_split(not evaluation), evaluation))
     hosts = (jax.process_index(), jax.process_count())
 
     def train_batches(step: int):
@@ -59,8 +58,7 @@ def make_task(config: ConfigDict) -> Task:
 
     def prepare(key: jax.Array, batch: Batch, constants: dict) -> tuple[View, Batch]:
         del key, constants
-        counted = {name: rows for name, rows in batch.items() if name == "skipped"}
-        return prepare_eval(batch).replace(targets=batch["label"]), counted
+        return prepare_eval(batch).replace(targets=batch["label"]), dense.counted(batch)
 
     def prepare_eval(batch: Batch) -> View:
         return View(dense.canvas(batch, config, model.dtype), batch["size"])
@@ -69,7 +67,7 @@ def make_task(config: ConfigDict) -> Task:
         sizes = batch["size"], batch["original_size"]
         maps = class_maps(logits, *sizes, batch["image"].shape[1:3], largest())
         found = {"maps": maps, "sizes": batch["original_size"], "index": batch["index"], "mask": batch["mask"]}
-        return {"found": Confusion(found, Labels(label_of, names))}
+        return {"found": Confusion(found, Labels(label_of, names))} | dense.sums(dense.counted(batch))
 
     def label_of(index: int) -> np.ndarray:
         return label_map_of(open_split(False)[index], config.model.num_classes)
@@ -84,8 +82,7 @@ def make_task(config: ConfigDict) -> Task:
         model=model,
         network=dense.network(config),
         num_examples=lambda: len(open_split(True)),
-        batch=lambda evaluation: batches(evaluation)[0],
-        other_batches=lambda evaluation: batches(evaluation)[1:],
+        batch=functools.partial(dense.batch, config, open_split),
         train_batches=train_batches,
         eval_batches=eval_batches,
         prepare=prepare,

@@ -43,8 +43,8 @@ class Task:
         network whose losses are made inside it, of samples and proposals, returns them, and `x` holds what it learns.
       network: what makes the network again, by config key; checkpoints keep it.
       num_examples: `() -> int`, of the training split.
-      batch: `(evaluation: bool) -> {name: ShapeDtypeStruct}`, a global batch as hosts make it.
-      other_batches: likewise a list of those that are of other shapes, if there are any: a step is compiled for each.
+      batch: `(evaluation: bool) -> {name: ShapeDtypeStruct}`, a global batch as hosts make it. Others of its
+        names and dtypes may have other shapes: a step is compiled for each when the first one comes.
       train_batches: `(step) -> iterator` of this host's rows of each batch from `step` on: a function of the seed and
         the step alone.
       eval_batches: `() -> sized iterable` of this host's rows, every example once over all hosts.
@@ -79,7 +79,6 @@ class Task:
     measure: Callable[[Any, Batch], Metrics]
     words: Callable[[Mapping[str, float]], str]
     best: str
-    other_batches: Callable[[bool], list[dict[str, jax.ShapeDtypeStruct]]] = lambda evaluation: []
     call: Callable[[nn.Module, Any, bool], Any] | None = None
     files: Callable[[Metrics], dict[str, str]] = lambda metrics: {}
     constants: Callable[[], dict] = dict

@@ -25,6 +25,9 @@ from vitpyramid.train.program import (
     build,
     compile_eval_step,
     compile_train_step,
+    eval_step_for,
+    for_all_shapes,
+    train_step_for,
     use_compile_cache,
 )
 from vitpyramid.train.report import Report, Summary
@@ -82,6 +85,8 @@ def train(
         train_step = compile_train_step(task, program, mesh)
         eval_step = compile_eval_step(task, program.state.variables, mesh)
         compile_seconds = time.perf_counter() - compiling
+        train_step = for_all_shapes(train_step, "train step", *train_step_for(task, program, mesh))
+        eval_step = _for_all_shapes(task, eval_step, program.state.variables, mesh)
         if start:
             state = store.restore(checkpoints, start, program.state)
         else:
@@ -149,7 +154,7 @@ def measure_checkpoint(task: Task, workdir: Path) -> tuple[int, dict[str, Metric
         has_average = checkpoint.check_evaluates(checkpoints, step, task)
         batches = task.eval_batches()
         variables = abstract_variables(task, mesh)
-        eval_step = compile_eval_step(task, variables, mesh)
+        eval_step = _for_all_shapes(task, compile_eval_step(task, variables, mesh), variables, mesh)
         average = variables if has_average else {}
         model_state = {name: collection for name, collection in variables.items() if name != "params"}
         wanted = {"params": variables["params"], "model_state": model_state, "ema": average}
@@ -185,6 +190,10 @@ def measure(
 def numbers(measured: dict[str, Metrics]) -> dict[str, float]:
     """The values of what `measure` gives, by prefix and name."""
     return {prefix + name: value for prefix, one in measured.items() for name, value in compute(one).items()}
+
+
+def _for_all_shapes(task: Task, eval_step: Callable, variables: dict, mesh: Mesh) -> Callable:
+    return for_all_shapes(eval_step, "evaluation step", *eval_step_for(task, variables, mesh))
 
 
 def _written(task: Task, measured: dict[str, Metrics], workdir: Path) -> dict[str, float]:

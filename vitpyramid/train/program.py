@@ -69,12 +69,10 @@ def abstract_variables(task: Task, mesh: Mesh) -> dict:
 
 def abstract_batch(task: Task, mesh: Mesh, evaluation: bool = False) -> dict:
     """Shapes, dtypes and shardings of a batch on the devices."""
-    return _on_devices(task.batch(evaluation), mesh)
-
-
-def _on_devices(batch: dict, mesh: Mesh) -> dict:
     sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), batch)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), task.batch(evaluation)
+    )
 
 
 def train_step_for(task: Task, program: Program, mesh: Mesh) -> tuple[jax.stages.Wrapped, tuple]:
@@ -91,30 +89,33 @@ def eval_step_for(task: Task, variables: dict, mesh: Mesh) -> tuple[jax.stages.W
     return step, (variables, abstract_batch(task, mesh, evaluation=True))
 
 
-def compile_train_step(task: Task, program: Program, mesh: Mesh) -> Callable:
+def compile_train_step(task: Task, program: Program, mesh: Mesh) -> jax.stages.Compiled:
     """The training step, compiled. It takes the state's memory over."""
-    others = [_on_devices(batch, mesh) for batch in task.other_batches(False)]
-    return _compile_for_each("train step", *train_step_for(task, program, mesh), others)
+    step, shapes = train_step_for(task, program, mesh)
+    return compile_logged("train step", step, *shapes)
 
 
-def compile_eval_step(task: Task, variables: dict, mesh: Mesh) -> Callable:
+def compile_eval_step(task: Task, variables: dict, mesh: Mesh) -> jax.stages.Compiled:
     """The evaluation step, compiled."""
-    others = [_on_devices(batch, mesh) for batch in task.other_batches(True)]
-    return _compile_for_each("evaluation step", *eval_step_for(task, variables, mesh), others)
+    step, shapes = eval_step_for(task, variables, mesh)
+    return compile_logged("evaluation step", step, *shapes)
 
 
-def _compile_for_each(what: str, step: jax.stages.Wrapped, shapes: tuple, others: list[dict]) -> Callable:
-    """A step `(state, batch, ...)` compiled for these shapes, and for other batches."""
+def for_all_shapes(compiled: Callable, what: str, step: jax.stages.Wrapped, shapes: tuple) -> Callable:
+    """A step `(state, batch, ...)`, compiled for these shapes, that is compiled again when a batch has others."""
     first, batch, *rest = shapes
-    compiled = compile_logged(what, step, *shapes)
-    if not others:
-        return compiled
-    programs = {_shapes(other): compile_logged(what, step, first, other, *rest) for other in others}
-    programs[_shapes(batch)] = compiled
-    return lambda state, batch, *rest: programs[_shapes(batch)](state, batch, *rest)
+    programs = {_shapes_of(batch): compiled}
+
+    def run(state, batch, *others):
+        if (key := _shapes_of(batch)) not in programs:
+            like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batch)
+            programs[key] = compile_logged(what, step, first, like, *rest)
+        return programs[key](state, batch, *others)
+
+    return run
 
 
-def _shapes(batch: dict) -> tuple:
+def _shapes_of(batch: dict) -> tuple:
     return tuple(leaf.shape for _, leaf in sorted(batch.items()))
 
 
