@@ -1,8 +1,10 @@
-"""Eight simulated devices, and compiled programs kept between test runs: compiling is most of the time."""
+"""Eight simulated devices, and the cheapest compilation, kept between test runs: compiling is most of the time."""
 
 import os
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
+    " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
 
 import jax
 import pytest
@@ -14,6 +16,7 @@ from vitpyramid import data
 def pytest_configure(config):
     if hasattr(config, "cache"):
         jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,8 @@ class Run:
         changes = {**CHANGES, "data.data_dir": data_dir, "compile_cache": cache}
         command = [sys.executable, "main.py", f"--config=configs/quickstart.py:{family}", f"--workdir={workdir}"]
         command += [f"--config.{key}={value}" for key, value in changes.items()]
-        environment = {**os.environ, "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
+        flags = re.sub("--xla_force_host_platform_device_count=[0-9]+", "", os.environ.get("XLA_FLAGS", ""))
+        environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
             [*command, *args], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )

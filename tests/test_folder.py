@@ -71,7 +71,7 @@ def test_files_and_labels(tmp_path):
         source = open_tree(root, split)
         expected = [(f"{split}/{name}/{file}", labels[name]) for name, files in classes.items() for file in files]
         assert sorted(listed(source)) == sorted(expected)
-        assert source.num_classes == 3
+        assert source.class_names == tuple(labels)
         assert [source[i] for i in range(len(source))] == [{"image": PNG, "label": one} for _, one in listed(source)]
 
 

@@ -1,4 +1,4 @@
-"""The training order with repeated augmentation, and what stands in for records that cannot be read."""
+"""The training order with repeated augmentation and with groups, and what stands in for unreadable records."""
 
 import logging
 import math
@@ -10,6 +10,7 @@ import pytest
 
 from streams import Memory, assert_same, make_config, memory, side_by_side, take
 from vitpyramid.data import make_eval, make_train, open_source, pipeline
+from vitpyramid.data.order import Grouped, eval_order
 
 
 def labels_of(batches):
@@ -203,3 +204,41 @@ def test_a_source_that_is_gone_is_no_run_of_damaged_records():
     last_but_one = memory(120)
     last_but_one.records[:99] = [b""] * 99
     assert take(make_train(config, last_but_one), 1)[0]["label"].min() >= 99
+
+
+# Groups
+
+
+def waiting_room(order, groups, batch_size, batches):
+    """Batches as detectron2's `AspectRatioGroupedDataset` makes them, one example after the other."""
+    waiting, made, position = {}, [], 0
+    while len(made) < batches:
+        example = order[position]
+        room = waiting.setdefault(groups[example], [])
+        room.append(example)
+        if len(room) == batch_size:
+            made.append(list(room))
+            room.clear()
+        position += 1
+    return made
+
+
+@pytest.mark.parametrize(("groups", "batch_size"), [("0010110", 2), ("0000001", 3), ("012", 5), ("00120012001", 4)])
+def test_batches_of_one_group(groups, batch_size):
+    groups = np.array([int(group) for group in groups])
+    rng = np.random.default_rng(0)
+    # Grain's own permutations of a few elements take 50 ms an element.
+    order = grain.MapDataset.source([int(i) for _ in range(100) for i in rng.permutation(len(groups))])
+    rows = Grouped(order, groups, batch_size)
+    batches = [[rows[step * batch_size + row] for row in range(batch_size)] for step in range(60)]
+    assert batches == waiting_room(order, groups, batch_size, 60)
+    entered = Grouped(order, groups, batch_size)
+    assert [entered[47 * batch_size + row] for row in range(batch_size)] == batches[47]
+
+
+def test_order_of_evaluation():
+    indices, real = eval_order(7, 3)
+    assert indices.tolist() == [0, 1, 2, 3, 4, 5, 6, 6, 6] and real.tolist() == [True] * 7 + [False] * 2
+    indices, real = eval_order(7, 2, np.array([1, 0, 1, 1, 0, 0, 3]))
+    assert indices.tolist() == [1, 4, 5, 5, 0, 2, 3, 3, 6, 6]
+    assert real.tolist() == [True, True, True, False, True, True, True, False, True, False]

@@ -20,6 +20,7 @@ from tensorboardX.record_writer import RecordWriter
 from streams import assert_same, make_config, noise, take
 from vitpyramid.data import make_train, open_source, tfrecord
 from vitpyramid.data.digits import Digits
+from vitpyramid.tools.classes import saved_names
 
 SHARDS = {"train": [7, 0, 5, 8], "validation": [6]}
 FORMATS = ["array_record", "tfrecord"]
@@ -116,6 +117,8 @@ def test_imagenet_opens(imagenet, file_format):
         source = open_imagenet(root, file_format, split)
         assert (len(source), source.num_classes) == (sum(SHARDS[split]), 1000)
         assert contents(source) == examples[split]
+        assert source.class_names[951] == "n07749582"
+    assert saved_names({"about": {"classes": list(source.class_names)}})[951] == "lemon"
     assert "tensorflow" not in sys.modules
 
 

@@ -42,7 +42,8 @@ def test_small_network_equals_timms_stage_by_stage():
         variables = torch_to_flax("regnety_micro", weights("regnety_micro", 10))
         variables = jax.tree.map(jnp.float64, variables)
         images = jnp.float64(golden.images(1, 2, 45, 70))
-        levels, logits = jax.jit(lambda v, x: model.apply(v, x, False, method="encode"))(variables, images)
+        both = jax.jit(lambda v, x: (model.apply(v, x, method="features"), model.apply(v, x)))
+        levels, logits = both(variables, images)
         assert golden.relative_error(logits, found["small/logits"]) < 1e-12
         for number, level in enumerate(levels, start=1):
             x = np.asarray(level.x).transpose(0, 3, 1, 2)

@@ -328,9 +328,17 @@ def test_bad_command_lines(args, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_config_file_that_is_no_python(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("def get_config(:\n", "--config: invalid syntax (mine.py, line 1)"),
+        ("def get_config():\n    return nothing\n", "mine.py, line 2: NameError: name 'nothing' is not defined"),
+        ("from configs.mine import base\n", "mine.py, line 1: ModuleNotFoundError: No module named 'configs.mine'"),
+    ],
+)
+def test_a_config_file_that_does_not_run(program, message, tmp_path, capsys):
     file = tmp_path / "mine.py"
-    file.write_text("def get_config(:\n")
+    file.write_text(program)
     with pytest.raises(SystemExit):
         preview.main([f"--config={file}"])
-    assert "--config: invalid syntax (mine.py, line 1)" in capsys.readouterr().err
+    assert message in capsys.readouterr().err

@@ -110,7 +110,7 @@ def open_prepared_boxes(
     name = data_config.name
     builder = open_builder(name, data_config.data_dir)
     features = builder.info.features
-    objects = features.get("objects", {})
+    objects = getattr(features["objects"], "feature", {}) if "objects" in features else {}
     if not ("image" in features and "bbox" in objects and "label" in objects):
         raise ValueError(
             f"data.name: {name!r} has no boxes: expected the features 'image' and 'objects' with 'bbox' and 'label', "
@@ -164,7 +164,7 @@ def _parsed(features: tfds.features.FeaturesDict, record: bytes) -> dict[str, An
 
 
 def _read_objects(builder, split: str, examples: ArrayRecords | TFRecords, on_corrupt: str) -> dict[str, np.ndarray]:
-    """Of the images `sizes` int32 [n, 2] and `ids` int64 [n]; of the boxes `images`, `boxes`, `labels`, `areas`, `crowd`.
+    """Of n images `sizes` int32 [n, 2] and `ids` int64 [n]; of boxes `images`, `boxes`, `labels`, `areas`, `crowd`.
 
     A record that cannot be read is one of an image of 1 x 1 without boxes, unless `on_corrupt` is "error".
     """

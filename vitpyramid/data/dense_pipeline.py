@@ -33,6 +33,16 @@ class Canvases:
         return self.sizes[self.groups[index]]
 
 
+@dataclasses.dataclass(frozen=True)
+class View:
+    """What becomes of every image: `resize`, `interpolation` and `flip` as the config has them, and the canvases."""
+
+    resize: Resize
+    interpolation: str
+    flip: float
+    placed: Canvases
+
+
 def train_resize(data) -> Resize:
     """How `config.data` has training images resized."""
     return Resize(data.resize, tuple(data.short_side), data.long_side, data.short_side_range, tuple(data.scale_range))
@@ -106,12 +116,12 @@ def make_train(
         placed = Canvases(choices, np.zeros(len(source), np.int64))
     else:
         placed = canvases(source, choices, resize)
-    settings = {"resize": resize, "interpolation": data.interpolation, "flip": data.flip, "placed": placed}
+    view = View(resize, data.interpolation, data.flip, placed)
     if source.task == "detect":
-        row = functools.partial(_boxes_row, slots=data.max_boxes, masks=data.masks, **settings)
+        row = functools.partial(_boxes_row, view=view, slots=data.max_boxes, masks=data.masks)
     else:
-        settings |= {"crop": data.crop, "cat_max_ratio": data.cat_max_ratio, "photometric": data.photometric}
-        row = functools.partial(_labels_row, classes=len(source.categories), **settings)
+        keys = {"crop": data.crop, "cat_max_ratio": data.cat_max_ratio, "photometric": data.photometric}
+        row = functools.partial(_labels_row, view=view, classes=len(source.categories), **keys)
     order = train_order(len(source), config.seed, config.batch_size, 1)
     if len(placed.sizes) > 1:
         order = Grouped(order, placed.groups, config.batch_size)
@@ -141,7 +151,7 @@ def make_eval(config, source: Annotated, process_index: int = 0, process_count: 
     """
     resize = eval_resize(config.data)
     placed = canvases(source, _sizes(config.data.eval_canvas), resize)
-    row = functools.partial(_eval_row, resize=resize, interpolation=config.data.interpolation, placed=placed)
+    row = functools.partial(_eval_row, view=View(resize, config.data.interpolation, 0.0, placed))
     blank = functools.partial(_blank_row, placed=placed)
     return eval_batches(config, source, row, blank, process_index, process_count, placed.groups)
 
@@ -162,26 +172,15 @@ def _pixels(example: Example) -> np.ndarray:
     return pixels
 
 
-def _boxes_row(
-    example: Example,
-    index: int,
-    rng: np.random.Generator,
-    *,
-    resize: Resize,
-    interpolation: str,
-    flip: float,
-    placed: Canvases,
-    slots: int,
-    masks: bool,
-) -> Batch:
-    pixels, canvas = _pixels(example), placed.of(index)
+def _boxes_row(example: Example, index: int, rng: np.random.Generator, *, view: View, slots: int, masks: bool) -> Batch:
+    pixels, canvas = _pixels(example), view.placed.of(index)
     old = pixels.shape[:2]
-    new = resize.draw(rng).keeping(old)
-    pixels = transforms.resize_image(pixels, new, interpolation)
+    new = view.resize.draw(rng).keeping(old)
+    pixels = transforms.resize_image(pixels, new, view.interpolation)
     # Crowds teach nothing: no anchor is ignored for them in the papers' mmdetection, and detectron2 drops them.
     taught = np.flatnonzero(~example.crowd)[:slots]
     boxes = transforms.resize_boxes(example.boxes[taught], old, new)
-    mirrored = rng.random() < flip
+    mirrored = rng.random() < view.flip
     if mirrored:
         pixels, boxes = pixels[:, ::-1], transforms.flip_boxes(boxes, new[1])
     empty = slots - len(taught)
@@ -195,7 +194,7 @@ def _boxes_row(
     if masks:
         packed = np.zeros((slots, canvas[0], -(-canvas[1] // 8)), np.uint8)
         for slot, number in enumerate(taught):
-            mask = transforms.resize_nearest(decode_mask(example.masks[number], *old), new, interpolation)
+            mask = transforms.resize_nearest(decode_mask(example.masks[number], *old), new, view.interpolation)
             mask = mask[:, ::-1] if mirrored else mask
             packed[slot] = np.packbits(transforms.pad(mask, canvas), axis=-1)
         row["masks"] = packed
@@ -207,25 +206,22 @@ def _labels_row(
     index: int,
     rng: np.random.Generator,
     *,
-    resize: Resize,
-    interpolation: str,
-    flip: float,
-    placed: Canvases,
+    view: View,
     crop: bool,
     cat_max_ratio: float,
     photometric: bool,
     classes: int,
 ) -> Batch:
-    pixels, labels, canvas = _pixels(example), label_map_of(example, classes), placed.of(index)
+    pixels, labels, canvas = _pixels(example), label_map_of(example, classes), view.placed.of(index)
     if labels.shape != pixels.shape[:2]:
         raise ValueError(f"a label map of {labels.shape} pixels, expected the image's {pixels.shape[:2]}")
-    new = resize.draw(rng).keeping(labels.shape)
-    pixels = transforms.resize_image(pixels, new, interpolation)
-    labels = transforms.resize_nearest(labels, new, interpolation)
+    new = view.resize.draw(rng).keeping(labels.shape)
+    pixels = transforms.resize_image(pixels, new, view.interpolation)
+    labels = transforms.resize_nearest(labels, new, view.interpolation)
     if crop:
         window = transforms.crop_window(labels, canvas, cat_max_ratio, rng)
         pixels, labels = pixels[window], labels[window]
-    if rng.random() < flip:
+    if rng.random() < view.flip:
         pixels, labels = pixels[:, ::-1], labels[:, ::-1]
     if photometric:
         pixels = transforms.photometric_distortion(pixels, rng)
@@ -237,15 +233,15 @@ def _labels_row(
     }
 
 
-def _eval_row(example: Example, index: int, *, resize: Resize, interpolation: str, placed: Canvases) -> Batch:
+def _eval_row(example: Example, index: int, *, view: View) -> Batch:
     pixels = _pixels(example)
     old = pixels.shape[:2]
-    new = resize.aligned(old)
+    new = view.resize.aligned(old)
     # Two steps, as in PVT's `AlignResize`, where there is something to align.
-    pixels = transforms.resize_image(pixels, resize.keeping(old), interpolation)
-    pixels = transforms.resize_image(pixels, new, interpolation)
+    pixels = transforms.resize_image(pixels, view.resize.keeping(old), view.interpolation)
+    pixels = transforms.resize_image(pixels, new, view.interpolation)
     return {
-        "image": transforms.pad(pixels, placed.of(index)),
+        "image": transforms.pad(pixels, view.placed.of(index)),
         "size": np.array(new, np.int32),
         "original_size": np.array(old, np.int32),
         "scale": transforms.scale_factors(old, new),

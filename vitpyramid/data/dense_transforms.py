@@ -96,7 +96,7 @@ def _detr_size(height: int, width: int, short: int, long: int) -> Size:
         short = round(long * smaller / larger)
     if smaller == short:
         return height, width
-    return (short, int(short * width / height)) if width < height else (int(short * height / width), short)
+    return (int(short * height / width), short) if width < height else (short, int(short * width / height))
 
 
 def resize_image(image: np.ndarray, size: Size, interpolation: str) -> np.ndarray:
@@ -115,7 +115,7 @@ def resize_nearest(maps: np.ndarray, size: Size, interpolation: str) -> np.ndarr
         np.minimum(np.floor((np.arange(new) + shift) * (1.0 / (new / old))).astype(np.int64), old - 1)
         for new, old in zip(size, maps.shape[-2:], strict=True)
     )
-    return maps[..., rows[:, None], columns]
+    return maps.take(columns, axis=-1).take(rows, axis=-2)
 
 
 def scale_factors(size: Size, new: Size) -> np.ndarray:

@@ -7,8 +7,8 @@ names the classes, one a line.
 
 import concurrent.futures
 import dataclasses
+import functools
 import os
-from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -36,7 +36,7 @@ class LabelMapRecords:
 
     images: str
     maps: str
-    names: Sequence[str]
+    names: tuple[str, ...]
     zero_ignored: bool
 
     def __len__(self) -> int:
@@ -53,9 +53,7 @@ class LabelMapRecords:
 
     def sizes(self) -> np.ndarray:
         """Height and width of every image, int32 [n, 2], read from the files; 1 x 1 for those that cannot be read."""
-        with concurrent.futures.ThreadPoolExecutor(_THREADS) as executor:
-            sizes = executor.map(_image_size, map(self.where, range(len(self))))
-            return np.array(list(with_progress(sizes, len(self), "reading sizes of images")), np.int32).reshape(-1, 2)
+        return _image_sizes(self.images, self.names)
 
     def ids(self) -> list[str]:
         """Names of the images, without endings."""
@@ -87,11 +85,12 @@ def open_label_maps(data_config, split: str) -> tuple[LabelMapRecords, tuple[str
         if len(terms) > 1 or not terms <= set(available):
             raise unknown_split(name, split, available, f"expected one folder in {root / 'images'}")
         (folder,) = terms
-        images = {path.name for path in (root / "images" / folder).iterdir()}
-        maps = {path.name for path in (root / "annotations" / folder).iterdir()}
+        images = [path.name for path in (root / "images" / folder).iterdir()]
+        maps = {path.name for path in (root / "annotations" / folder).glob("[!.]*.png")}
     except OSError as error:
         raise ValueError(f"data.data_dir: cannot list {error.filename or root}: {error.strerror or error}.") from error
-    images = sorted(image for image in images if os.path.splitext(image)[1].lower().encode() in EXTENSIONS)
+    images = [image for image in images if os.path.splitext(image)[1].lower().encode() in EXTENSIONS]
+    images = sorted(image for image in images if not image.startswith("."))
     findings = Findings(f"data.data_dir: {root / 'annotations' / folder}")
     without = [image for image in images if _map_name(image) not in maps]
     if without and data_config.on_corrupt == "error":
@@ -115,6 +114,13 @@ def open_label_maps(data_config, split: str) -> tuple[LabelMapRecords, tuple[str
 
 def _map_name(image: str) -> str:
     return f"{os.path.splitext(image)[0]}.png"
+
+
+@functools.lru_cache(maxsize=4)
+def _image_sizes(folder: str, names: tuple[str, ...]) -> np.ndarray:
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as executor:
+        sizes = executor.map(_image_size, (os.path.join(folder, name) for name in names))
+        return np.array(list(with_progress(sizes, len(names), "reading sizes of images")), np.int32).reshape(-1, 2)
 
 
 def _image_size(path: str) -> tuple[int, int]:

@@ -167,7 +167,7 @@ def cache_folder(kind: str) -> Path | None:
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
-        log.warning("what was read of data sets is not kept, each run reads it again: %s", error)
+        log.warning("indices of data sets are not kept, each run makes them again: %s", error)
         return None
 
 

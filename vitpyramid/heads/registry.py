@@ -68,8 +68,12 @@ DENSE |= {
 
 
 def list_models(pattern: str = "") -> list[str]:
-    """As `models.registry.list_models`, with the names of networks for dense prediction behind them."""
-    return registry.matching(pattern, [*registry.VARIANTS, *DENSE])
+    """As `models.registry.list_models`, networks for dense prediction included, behind the others."""
+    return registry.names_like(pattern, _known())
+
+
+def _known() -> list[str]:
+    return [*registry.VARIANTS, *DENSE]
 
 
 def create_model(name: str, backbone: str | Backbone | None = None, **overrides) -> Backbone | DenseNetwork:
@@ -91,8 +95,8 @@ def create_model(name: str, backbone: str | Backbone | None = None, **overrides)
       ValueError: unknown `name` or `backbone`; an option with a value that none can have.
       TypeError: an override that neither has; a backbone under a network that is one.
     """
-    if name not in list_models():
-        raise registry.unknown(name, list_models())
+    if name not in _known():
+        raise ValueError(f"unknown model {name!r}; {registry.suggestion(str(name), _known())}")
     if name not in DENSE:
         if backbone is not None:
             raise TypeError(f"{name} has no option 'backbone'")

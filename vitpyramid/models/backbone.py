@@ -190,6 +190,11 @@ class Backbone(nn.Module, kw_only=True):
         return np.linspace(0, self.drop_path_rate if train else 0.0, blocks).tolist()
 
     @nn.nowrap
+    def entrance_grids(self, height: int, width: int) -> dict[str, tuple[int, int]]:
+        """Grid of the tokens of each attention that stands before the first stage, by path, for images of this size."""
+        return {}
+
+    @nn.nowrap
     def native_side(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
         """Side of the square images that the position tables of some weights are for; the inverse of `image_size`.
 

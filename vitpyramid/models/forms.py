@@ -19,10 +19,21 @@ def at_least_float32(dtype):
 
 
 def by_device(tpu, default, *arrays, **options):
+    """`tpu` where the program is lowered for one, else `default`; both are traced once for all arrays of one shape."""
     if tpu is default:
         return default(*arrays, **options)
-    tpu, default = (functools.partial(form, **options) for form in (tpu, default))
-    return jax.lax.platform_dependent(*arrays, tpu=tpu, default=default)
+    return _either(tpu, default, tuple(sorted(options.items())))(*arrays)
+
+
+@functools.cache
+def _either(tpu, default, options):
+    forms = [functools.partial(form, **dict(options)) for form in (tpu, default)]
+
+    def either(*arrays):
+        return jax.lax.platform_dependent(*arrays, tpu=forms[0], default=forms[1])
+
+    # A jitted function is what JAX keeps the program and the derivatives of.
+    return jax.jit(either, inline=True)
 
 
 def widening_convolution(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype) -> jax.Array:

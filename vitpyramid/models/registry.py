@@ -28,33 +28,28 @@ def list_models(pattern: str = "") -> list[str]:
     Raises:
       ValueError: there is none.
     """
-    return matching(pattern, VARIANTS)
+    return names_like(pattern, VARIANTS)
 
 
-def matching(pattern: str, known: Collection[str]) -> list[str]:
-    """As `list_models`, of these names."""
+def names_like(pattern: str, known: Collection[str]) -> list[str]:
+    """Those of the names known that `list_models` gives for a pattern."""
     shape = pattern if set(pattern) & set("*?[") else f"{pattern}*"
     names = [name for name in known if fnmatch.fnmatchcase(name, shape)]
     if not names:
-        raise ValueError(f"no model is called {pattern!r}; {_suggestion(pattern, known)}")
+        raise ValueError(f"no model is called {pattern!r}; {suggestion(pattern, known)}")
     return names
 
 
 def get_variant(name: str) -> Variant:
     """Facts about the network called `name`. Raises `ValueError` with the nearest names if there is none."""
     if name not in VARIANTS:
-        raise unknown(name, VARIANTS)
+        raise ValueError(f"unknown model {name!r}; {suggestion(str(name), VARIANTS)}")
     return VARIANTS[name]
 
 
-def unknown(name: str, known: Collection[str]) -> ValueError:
-    """The error for a name that is not among those known."""
-    return ValueError(f"unknown model {name!r}; {_suggestion(str(name), known)}")
-
-
-def _suggestion(name: str, known: Collection[str]) -> str:
+def suggestion(name: str, known: Collection[str]) -> str:
     """What to say of a name or pattern that fits nothing: the nearest names, whatever their case and separators."""
-    plain = {_plain(one): one for one in known}
+    plain = {_plain(name): name for name in known}
     alike = fnmatch.filter(plain, f"{_plain(name)}*")[:3] if any(map(str.isalnum, name)) else []
     near = [plain[match] for match in alike or difflib.get_close_matches(_plain(name), plain, n=3)]
     return "expected one of list_models()" + (f", such as {', '.join(near)}" if near else "")

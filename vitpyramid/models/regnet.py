@@ -91,10 +91,10 @@ class Head(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """`[B, h, w, C]` -> `[B, K]`, in at least float32."""
         wide = at_least_float32(self.dtype)
-        x = nn.Dropout(self.drop_rate, deterministic=False)(x.astype(wide).mean((1, 2)))
+        x = nn.Dropout(self.drop_rate, deterministic=not train)(x.astype(wide).mean((1, 2)))
         return nn.Dense(self.num_classes, dtype=wide, kernel_init=normal_init, name="fc")(x)
 
 
@@ -129,13 +129,16 @@ class RegNetY(Backbone):
             for s, depth in enumerate(self.depths, start=1)
         )
 
+    def setup(self):
+        self.head = Head(self.num_classes, self.drop_rate, self.dtype)
+
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         """As `Backbone`."""
-        return self.encode(images, train)[1]
+        return self.head(self.encode(images, train)[1], train)
 
     @nn.compact
     def encode(self, images: jax.Array, train: bool) -> tuple[tuple[Level, ...], jax.Array]:
-        """The pyramid and the logits."""
+        """The pyramid and its last map."""
         self.check_images(images)
         if self.scan or self.drop_path_rate:
             raise ValueError(
@@ -148,8 +151,7 @@ class RegNetY(Backbone):
         for s, (depth, dim) in enumerate(zip(self.depths, self.dims, strict=True), start=1):
             x = Bottlenecks(block, depth, dim, self.group_width, of_batch, self.dtype, name=f"s{s}")(x)
             levels.append(Level(x, self.strides[s - 1]))
-        drop_rate = self.drop_rate if train else 0.0
-        return tuple(levels), Head(self.num_classes, drop_rate, self.dtype, name="head")(x)
+        return tuple(levels), x
 
 
 class Bottlenecks(nn.Module):

@@ -197,7 +197,9 @@ class EfficientAttention(nn.Module):
         """`attend` with `transform_conv` before the softmax and instance norm after it, which leaves rows of sum 0."""
         arrays = query, key, value, *HeadMixing(self.heads, name="transform_conv")()
         if self.is_mutable_collection("intermediates"):
-            self.sow("intermediates", "attention", rest_forms.mixed_weights(query, key, *arrays[3:]))
+            weights = rest_forms.mixed_softmax(query, key, *arrays[3:])
+            self.sow("intermediates", "softmax", weights)
+            self.sow("intermediates", "attention", rest_forms.instance_norm(weights))
         out = rest_forms.mixed_attention(*arrays)
         return out.reshape(*out.shape[:2], -1)
 

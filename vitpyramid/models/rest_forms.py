@@ -118,9 +118,14 @@ def folded_convolution(x: jax.Array, kernel: jax.Array, stride: int, fold: Pair,
 
 def mixed_weights(query, key, mixing, bias) -> jax.Array:
     """Attention maps of `mixed_attention`, `[B, heads, N, M]`, at least float32."""
+    return instance_norm(mixed_softmax(query, key, mixing, bias))
+
+
+def mixed_softmax(query, key, mixing, bias) -> jax.Array:
+    """The same before they are normalised: rows sum to 1."""
     logits = scaled_logits(query, key, query.shape[-1] ** -0.5)
     logits = jnp.einsum("bhnm,hg->bgnm", logits, mixing) + bias[:, None, None]
-    return instance_norm(jax.nn.softmax(logits))
+    return jax.nn.softmax(logits)
 
 
 def instance_norm(x: jax.Array) -> jax.Array:

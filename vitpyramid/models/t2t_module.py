@@ -31,12 +31,17 @@ TOKEN_DIM = 64
 GUARD = 1e-8  # added to the performer's denominator
 
 
-def token_grid(height: int, width: int) -> tuple[int, int]:
-    """Grid `(h, w)` of the tokens of an image; both sides at least 3."""
-    grid = (height, width)
+def split_grids(height: int, width: int) -> list[tuple[int, int]]:
+    """Grid `(h, w)` behind each soft split of an image; both sides at least 3."""
+    grids = [(height, width)]
     for split in SOFT_SPLITS:
-        grid = forms.split_grid(grid, *split)
-    return grid
+        grids.append(forms.split_grid(grids[-1], *split))
+    return grids[1:]
+
+
+def token_grid(height: int, width: int) -> tuple[int, int]:
+    """Grid `(h, w)` of the tokens of an image."""
+    return split_grids(height, width)[-1]
 
 
 class SplitNorm(nn.Module):
@@ -101,7 +106,20 @@ def performer_attention(query: jax.Array, key: jax.Array, value: jax.Array, w: j
     Returns:
       `[B, N, e]`, at least float32.
     """
-    dtype = at_least_float32(value.dtype)
+    phi_query, phi_key, denominator = performer_features(query, key, w)
+    key_value = jnp.einsum("bnm,bne->bme", phi_key, value.astype(phi_key.dtype))
+    return jnp.einsum("bnm,bme->bne", phi_query, key_value) / denominator
+
+
+def performer_weights(query: jax.Array, key: jax.Array, w: jax.Array) -> jax.Array:
+    """The map `[B, 1, N, N]` that `performer_attention` applies without making it; rows sum to 1 but for the guard."""
+    phi_query, phi_key, denominator = performer_features(query, key, w)
+    return (jnp.einsum("bnm,bkm->bnk", phi_query, phi_key) / denominator)[:, None]
+
+
+def performer_features(query: jax.Array, key: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`phi` of query and key, `[B, N, m]` each, and the denominator `[B, N, 1]`, shifted so that nothing overflows."""
+    dtype = at_least_float32(query.dtype)
 
     def exponent(u):
         u = u.astype(dtype)
@@ -123,8 +141,7 @@ def performer_attention(query: jax.Array, key: jax.Array, value: jax.Array, w: j
 
     guard = GUARD * w.shape[0] * jnp.exp(-query_shift)  # m: both phi are without their 1 / sqrt(m)
     denominator = jnp.sum(phi_query * jnp.sum(phi_key, axis=1, keepdims=True), axis=2, keepdims=True)
-    key_value = jnp.einsum("bnm,bne->bme", phi_key, value.astype(dtype))
-    return jnp.einsum("bnm,bme->bne", phi_query, key_value) / (denominator + guard)
+    return phi_query, phi_key, denominator + guard
 
 
 def orthogonal_features(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
@@ -150,6 +167,8 @@ class TokenPerformer(nn.Module):
         key, query, value = jnp.split(kqv, 3, axis=-1)
         shape = (TOKEN_DIM // 2, TOKEN_DIM)
         w = self.variable("constants", "w", lambda: orthogonal_features(self.make_rng("params"), shape)).value
+        if self.is_mutable_collection("intermediates"):
+            self.sow("intermediates", "kernel_attention", performer_weights(query, key, w))
         y = performer_attention(query, key, value, w).astype(self.dtype)
         y = linear(TOKEN_DIM, self.dtype, "proj")(y)
         x = value + nn.Dropout(self.drop_rate, deterministic=False)(y)

@@ -20,7 +20,7 @@ from vitpyramid.models.backbone import Backbone, Level, PositionTable, Stage, Va
 from vitpyramid.models.layers import Mlp, PackedLinear, at_least_float32, linear, normal_init, torch_bias_init
 from vitpyramid.models.sharding import shard_batch
 from vitpyramid.models.stack import apply_blocks
-from vitpyramid.models.t2t_module import TokensToToken, token_grid
+from vitpyramid.models.t2t_module import TokensToToken, split_grids, token_grid
 
 
 def sinusoid(tokens: int, dim: int) -> np.ndarray:
@@ -176,6 +176,12 @@ class T2TViT(Backbone):
     def position_tables(self) -> tuple[PositionTable, ...]:
         """The sinusoid, which is not trained."""
         return (PositionTable("constants/pos_embed", token_grid(*self.height_width), extra=1),)
+
+    @nn.nowrap
+    def entrance_grids(self, height: int, width: int) -> dict[str, tuple[int, int]]:
+        """Those between the soft splits."""
+        paths = [f"tokens_to_token/attention{i}" for i in (1, 2)]
+        return {} if self.tokens_type == "convolution" else dict(zip(paths, split_grids(height, width), strict=False))
 
     def setup(self):
         self.norm = nn.LayerNorm(1e-5, self.dtype, use_fast_variance=False)

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import traceback
 from collections.abc import Iterable
 
 from absl import flags
@@ -69,6 +70,12 @@ def read_flags(values: flags.FlagValues, argv: list[str], others: Iterable[str] 
         while "Traceback" in str(cause):  # ml_collections' of an error in a config's own code, which it hides
             cause = cause.__context__
         raise ValueError(str(cause) if isinstance(cause, flags.Error) else f"--config: {cause}") from error
+    except Exception as error:  # a config is a program, which may raise anything
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        ours = isinstance(error, ModuleNotFoundError) and error.name == "configs"
+        hint = "; the package's configs are in vitpyramid.configs" if ours else ""
+        what = f"{place.filename}, line {place.lineno}: {type(error).__name__}: {error}{hint}"
+        raise ValueError(f"--config: {what}") from error
 
 
 def _found(name: str) -> str:

@@ -78,12 +78,12 @@ def caption(target: np.ndarray, names: list[str]) -> str:
     return names[labels[0]] if len(labels) == 1 else ", ".join(f"{names[k]} {target[k]:.2f}" for k in labels)
 
 
-def sheet(title: str, images: np.ndarray, captions: list[str]) -> Image.Image:
-    """Images, uint8 [N, H, W, 3], in rows below a title, each above its caption."""
+def sheet(title: str, images: np.ndarray, captions: list[str], columns: int = 0) -> Image.Image:
+    """Images, uint8 [N, H, W, 3], in rows below a title, each above its caption; 0 columns: about a square."""
     height, width = images.shape[1:3]
     factor = max(1, math.ceil(_TILE / min(height, width)))
     tile_width, tile_height = width * factor + _GAP, height * factor + _LINE + _GAP
-    columns = min(len(images), math.ceil(math.sqrt(len(images) * tile_height / tile_width)))  # about a square
+    columns = min(len(images), columns or math.ceil(math.sqrt(len(images) * tile_height / tile_width)))
     rows = math.ceil(len(images) / columns)
     page = Image.new("RGB", (columns * tile_width + _GAP, rows * tile_height + _LINE + 2 * _GAP), "white")
     draw = ImageDraw.Draw(page)

@@ -1,0 +1,114 @@
+"""A network with its weights, and the images that it is looked at with: what several tools begin with."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from vitpyramid.data.augment import Size, height_width
+from vitpyramid.models.backbone import Backbone, Variant
+from vitpyramid.models.registry import get_variant
+from vitpyramid.tasks.prepare import normalise
+from vitpyramid.tools.predict import find_images, name_of
+from vitpyramid.tools.preprocess import evaluation_of, read_image
+from vitpyramid.tools.summary import image_size
+from vitpyramid.weights import load_pretrained
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A network as it is evaluated.
+
+    Attributes:
+      name: as `create_model` has it.
+      model, variables: as `load_pretrained` gives them.
+      variant: how images are cut, resized and normalised.
+      size: (height, width) of the images that it sees.
+    """
+
+    name: str
+    model: Backbone
+    variables: dict
+    variant: Variant
+    size: tuple[int, int]
+
+    def inputs(self, pixels: np.ndarray) -> jax.Array:
+        """Normalised `[B, H, W, 3]` in the model's dtype of pixels 0..255."""
+        return normalise(pixels, self.variant.mean, self.variant.std, self.model.dtype)
+
+
+def open_network(checkpoint: str, name: str | None = None, size: Size | None = None) -> Network:
+    """Reads weights from wherever `load_pretrained` does, and how the run they are of cut its images.
+
+    Args:
+      name: of the network; None: recognised by the weights.
+      size: side, or height and width, of the images; None: the model's own.
+
+    Raises:
+      ValueError, OSError: as `load_pretrained`; hyper-parameters that are no named network's.
+    """
+    model, variables = load_pretrained(checkpoint, name)
+    name = name_of(model)
+    variant = evaluation_of(checkpoint, get_variant(name))
+    return Network(name, model, jax.device_put(variables), variant, height_width(size or model.image_size))
+
+
+def read_images(network: Network, names: list[str]) -> tuple[list[Path], np.ndarray]:
+    """The images of files and folders that can be read, uint8 `[N, H, W, 3]`; others are named on stderr.
+
+    Raises:
+      ValueError: none can be read.
+    """
+    paths, problems = find_images(names)
+    images = {path: read_image(path, network.size, network.variant) for path in paths}
+    problems |= {path: found for path, found in images.items() if isinstance(found, str)}
+    for path, problem in problems.items():
+        print(f"skipped {path}: {problem}", file=sys.stderr)
+    readable = [path for path in images if path not in problems]
+    if not readable:
+        raise ValueError(f"{', '.join(names)}: no image could be read")
+    return readable, np.stack([images[path] for path in readable])
+
+
+def add_arguments(parser: argparse.ArgumentParser, out: str) -> None:
+    """The arguments that say which images and which network, and `--out`, the picture."""
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="file, or folder with images at any depth")
+    add_weights_arguments(parser, out)
+
+
+def add_weights_arguments(parser: argparse.ArgumentParser, out: str) -> None:
+    """Those without the images."""
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        help="converted folder, work directory, PyTorch file, gs://..., hf://owner/repo, https://...",
+    )
+    parser.add_argument("--model", help="name of the network; recognised by the weights if left out")
+    parser.add_argument("--size", type=image_size, help="HEIGHTxWIDTH or SIDE of the images; default: the model's own")
+    parser.add_argument("--out", type=picture, default=Path(out), help=f"the picture, beside it .json; default: {out}")
+
+
+def picture(text: str) -> Path:
+    """A type for `argparse`: a `.png` in a folder that exists."""
+    path = Path(text)
+    if path.suffix != ".png" or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected the name of a .png in a folder that exists")
+    return path
+
+
+def run(parser: argparse.ArgumentParser, argv: list[str] | None, command: Callable[[argparse.Namespace], None]) -> int:
+    """Parses and runs; returns the exit code: 1 for what cannot be done, in a line."""
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as stop:  # argparse's own code for wrong arguments is 2
+        return 1 if stop.code else 0
+    try:
+        command(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
