@@ -79,5 +79,5 @@ def _scenes(entry: str) -> ConfigDict:
     config.schedule.warmup_epochs = 0.1
 
     config.eval.batch_size = 40
-    config.eval.every_epochs = config.checkpoint.every_epochs = 0.8
+    config.eval.every_epochs = config.checkpoint.every_epochs = 1.2
     return config

@@ -59,7 +59,14 @@ DENSE |= {
     "mask_rcnn_pvt_micro": DenseVariant(
         MaskRCNN,
         "pvt_micro",
-        {**_MICRO, "fc_channels": 128, "rpn_before": (200, 100), "rpn_after": (100, 50), "roi_samples": 32},
+        {
+            **_MICRO,
+            "fc_channels": 128,
+            "rpn_before": (200, 100),
+            "rpn_after": (100, 50),
+            "roi_samples": 32,
+            "most_detections": 20,
+        },
     ),
     "semantic_fpn_pvt_micro": DenseVariant(
         SemanticFPN, "pvt_micro", {"channels": 64, "head_channels": 64, "num_classes": 11}
