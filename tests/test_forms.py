@@ -10,7 +10,6 @@ import pytest
 import golden
 from harness import quick_jit
 from vitpyramid.models import forms, token_forms
-from vitpyramid.models.layers import Mlp
 
 # Name: the form of a TPU, that of other devices, their other arguments, and shapes of inputs.
 CASES = (
@@ -51,13 +50,6 @@ CASES = (
             lambda x, dtype: token_forms.gelu_with_slope(x),
             lambda x, dtype: token_forms.gelu_erfc(x),
             ((3, 5, 7),),
-        )
-    }
-    | {
-        "mlp": (
-            lambda x, *params, dtype: token_forms.mlp_in_pieces(x, params[:2], params[2:], 3),
-            lambda x, *params, dtype: token_forms.mlp_at_once(x, params[:2], params[2:], 3),
-            ((2, 6, 5), (5, 7), (7,), (7, 5), (5,)),
         )
     }
     | {
@@ -113,18 +105,6 @@ def test_the_form_follows_from_the_device(platform):
     assert [word in text for word in ("stablehlo.convolution", "stablehlo.pad")] == (
         [True, False] if platform == "tpu" else [False, True]
     )
-
-
-def test_many_tokens_are_taken_in_pieces(monkeypatch):
-    """In bfloat16, on a TPU, where they can be cut into equal ones."""
-    found = [token_forms.mlp_pieces(*sizes) for sizes in [(3136, 512), (784, 1024), (785, 1024), (196, 1280)]]
-    assert found == [4, 2, 1, 1]
-    monkeypatch.setattr(token_forms, "PIECE", 256)
-    for dtype, loops in [(jnp.bfloat16, [True, False]), (jnp.float32, [False, False])]:
-        mlp, x = Mlp(2, dtype=dtype), jax.ShapeDtypeStruct((1, 32, 8), dtype)
-        traced = jax.jit(mlp.apply).trace(jax.eval_shape(mlp.init, jax.random.key(0), x), x)
-        texts = [traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("tpu", "cpu")]
-        assert ["stablehlo.while" in text for text in texts] == loops
 
 
 @pytest.mark.parametrize("level", [0.0, 30.0])

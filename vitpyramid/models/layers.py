@@ -95,15 +95,11 @@ class Mlp(nn.Module):
         """`[..., C]` -> `[..., C]`."""
         dim = x.shape[-1]
         hidden = int(dim * self.ratio)
-        fc1 = linear(hidden, self.dtype, "fc1", torch_init_from=dim if self.torch_init else None)
-        fc2 = linear(dim, self.dtype, "fc2", torch_init_from=hidden if self.torch_init else None)
-        whole = x.ndim != 3 or self.drop_rate or not x.dtype == self.dtype == jnp.bfloat16
-        pieces = 1 if whole else token_forms.mlp_pieces(x.shape[1], hidden)
-        if pieces > 1 and not self.is_initializing():
-            params = ((fc.variables["params"]["kernel"], fc.variables["params"]["bias"]) for fc in (fc1, fc2))
-            return token_forms.mlp(x, *params, pieces)
-        x = nn.Dropout(self.drop_rate, deterministic=False)(token_forms.gelu(fc1(x)))
-        return nn.Dropout(self.drop_rate, deterministic=False)(fc2(x))
+        x = linear(hidden, self.dtype, "fc1", torch_init_from=dim if self.torch_init else None)(x)
+        x = token_forms.gelu(x)
+        x = nn.Dropout(self.drop_rate, deterministic=False)(x)
+        x = linear(dim, self.dtype, "fc2", torch_init_from=hidden if self.torch_init else None)(x)
+        return nn.Dropout(self.drop_rate, deterministic=False)(x)
 
 
 def batch_norm_variables(module: nn.Module, dim: int) -> tuple[jax.Array, jax.Array, nn.Variable, nn.Variable]:

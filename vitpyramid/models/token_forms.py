@@ -1,4 +1,4 @@
-"""What blocks do to tokens, written twice as in `forms`: LayerNorm, GELU, MLP, softmax attention.
+"""What blocks do to tokens, written twice as in `forms`: LayerNorm, GELU, softmax attention.
 
 The TPU's forms have a backward pass of their own, which stores less and passes fewer times over it.
 """
@@ -9,9 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from vitpyramid.models.forms import at_least_float32, by_device
-
-Linear = tuple[jax.Array, jax.Array]  # kernel and bias
-PIECE = 2**19  # values of an image between an MLP's layers: 64 MiB of 64 images in bfloat16; a v5e has 128
 
 
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, dtype) -> jax.Array:
@@ -84,102 +81,18 @@ def gelu_erfc(x):
 
 @jax.custom_vjp
 def gelu_with_slope(x):
-    return _stored_slope(x)[0]
-
-
-def _stored_slope(x):
-    # Without the barrier the slope is computed in the backward pass, from `x`.
-    return jax.lax.optimization_barrier(_value_and_slope(x))
+    return _value_and_slope(x)[0]
 
 
 def _value_and_slope(x):
     wide = x.astype(at_least_float32(x.dtype))
     share = 0.5 + 0.5 * jax.lax.erf(wide * 0.5**0.5)
     slope = share + wide * jnp.exp(-0.5 * jnp.square(wide)) * (2 * jnp.pi) ** -0.5
-    return (wide * share).astype(x.dtype), slope.astype(x.dtype)
+    # Without the barrier the slope is computed in the backward pass, from `x`.
+    return jax.lax.optimization_barrier(((wide * share).astype(x.dtype), slope.astype(x.dtype)))
 
 
-gelu_with_slope.defvjp(_stored_slope, lambda slope, cotangent: (cotangent * slope,))
-
-
-def mlp(x: jax.Array, fc1: Linear, fc2: Linear, pieces: int) -> jax.Array:
-    """`fc2(gelu(fc1(x)))`.
-
-    What a TPU spends on it is moving the array between the layers. It takes some tokens after others, so that their
-    part of the array stays on the chip, and computes it again in the backward pass instead of storing it.
-
-    Args:
-      x: `[B, N, C]`.
-      fc1, fc2: kernel `[C, D]` and bias `[D]`, kernel `[D, C]` and bias `[C]`.
-      pieces: as `mlp_pieces`.
-
-    Returns:
-      `[B, N, C]` in the dtype of `x`.
-    """
-    return by_device(mlp_in_pieces, mlp_at_once, x, fc1, fc2, pieces=pieces)
-
-
-def mlp_pieces(tokens: int, hidden: int) -> int:
-    """Into how many equal pieces of whole tiles tokens are cut so that `PIECE` holds; 1 if there is no such number."""
-    least = -(-tokens * hidden // PIECE)
-    return next((pieces for pieces in range(least, 2 * least) if tokens % (8 * pieces) == 0), 1)
-
-
-def linear(x, kernel, bias):
-    return jnp.dot(x, kernel.astype(x.dtype)) + bias.astype(x.dtype)
-
-
-def mlp_at_once(x, fc1, fc2, pieces):
-    return linear(gelu_erfc(linear(x, *fc1)), *fc2)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def mlp_in_pieces(x, fc1, fc2, pieces):
-    fc1, fc2 = _cast((fc1, fc2), x.dtype)
-
-    def turn(i, out):
-        return _put(out, linear(_value_and_slope(linear(_take(x, i, pieces), *fc1))[0], *fc2), i)
-
-    return jax.lax.fori_loop(0, pieces, turn, jax.lax.empty(x.shape, x.dtype))
-
-
-def _cast(arrays, dtype):
-    return jax.tree.map(lambda array: array.astype(dtype), arrays)
-
-
-def _take(x, i, pieces):
-    """Piece `i` of `[B, N, C]`."""
-    size = x.shape[1] // pieces
-    return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=1)
-
-
-def _put(x, piece, i):
-    return jax.lax.dynamic_update_slice_in_dim(x, piece, i * piece.shape[1], axis=1)
-
-
-def _mlp_backward(pieces, stored, cotangent):
-    x, *params = stored
-    (fc1, fc2), wide = _cast(params, x.dtype), at_least_float32(x.dtype)
-
-    def turn(i, carry):
-        of_x, sums = carry
-        tokens, of_out = _take(x, i, pieces), _take(cotangent, i, pieces)
-        hidden, slope = _value_and_slope(linear(tokens, *fc1))
-        of_hidden = jnp.einsum("bnc,dc->bnd", of_out, fc2[0]) * slope
-        products = [
-            jnp.einsum("bnc,bnd->cd", *pair, preferred_element_type=wide)
-            for pair in ((tokens, of_hidden), (hidden, of_out))
-        ]
-        biases = [of.sum((0, 1), dtype=wide) for of in (of_hidden, of_out)]
-        sums = jax.tree.map(jnp.add, sums, tuple(zip(products, biases, strict=True)))
-        return _put(of_x, jnp.einsum("bnd,cd->bnc", of_hidden, fc1[0]), i), sums
-
-    zeros = jax.tree.map(lambda array: jnp.zeros(array.shape, wide), (fc1, fc2))
-    of_x, sums = jax.lax.fori_loop(0, pieces, turn, (jax.lax.empty(x.shape, x.dtype), zeros))
-    return of_x, *jax.tree.map(lambda of, array: of.astype(array.dtype), sums, tuple(params))
-
-
-mlp_in_pieces.defvjp(lambda x, fc1, fc2, pieces: (mlp_in_pieces(x, fc1, fc2, pieces), (x, fc1, fc2)), _mlp_backward)
+gelu_with_slope.defvjp(_value_and_slope, lambda slope, cotangent: (cotangent * slope,))
 
 
 def attention(query: jax.Array, key: jax.Array, value: jax.Array, scale: float) -> jax.Array:
