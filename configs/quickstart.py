@@ -61,7 +61,7 @@ def get_config(family: str = "pvt") -> ConfigDict:
 def _scenes(entry: str) -> ConfigDict:
     config = base.get_config()
     config.task = "segment" if entry == "segment" else "detect"
-    config.batch_size = 8
+    config.batch_size = 8 if entry == "mask" else 4
     config.epochs = 2.4
 
     config.model.name, config.model.num_classes = DENSE[entry], 11 if entry == "segment" else 10
@@ -75,7 +75,8 @@ def _scenes(entry: str) -> ConfigDict:
     data.canvas = data.eval_canvas = ((96, 96),)
     data.max_boxes, data.masks = 6, entry == "mask"
 
-    config.optim.lr, config.optim.lr_batch, config.optim.clip_norm = 4e-4, 0, 10.0
+    config.optim.lr, config.optim.lr_batch = 1e-3 if entry == "segment" else 4e-4, 0
+    config.optim.clip_norm = 10.0
     config.schedule.warmup_epochs = 0.1
 
     config.eval.batch_size = 40

@@ -24,7 +24,7 @@ SHIPPED = [
     *(("t2t_vit", (text,)) for text in ("7", "t_14,probe=224", "14,transfer=320", "19,transfer=224,data=cifar100")),
     *(("rest", (text,)) for text in ("lite", "large,finetune=384")),
     *(("deit", (text,)) for text in ("tiny", "small,setting=distill")),
-    ("detect", ("mask_rcnn_rest_small",)),
+    ("detect", ("retinanet_rest_small",)),
     ("segment", ("semantic_fpn_pvt_tiny",)),
 ]
 
