@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    config.task = "classify"  # what is learned
+    config.task = "classify"  # what is learned: "classify", "detect" or "segment"
     config.seed = 0  # of initialisation, data order, augmentation and dropout
     config.batch_size = 1024  # images per step, over all devices
     config.epochs = 300.0  # length of the run
@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
 
     config.model = model = ConfigDict()
     model.name = "pvt_small"  # one of vitpyramid.list_models()
+    model.backbone = ""  # of a network for dense prediction, another one than its own; "": its own
     model.num_classes = 1000  # of the data set; 0: as many as it has
     model.drop_rate = 0.0  # dropout
     model.drop_path_rate = 0.1  # stochastic depth
@@ -35,7 +36,7 @@ def get_config() -> ConfigDict:
     data.crop_ratio = (3 / 4, 4 / 3)  # random resized crop: width / height
     data.crop_padding = 0  # > 0: resize to image_size and crop from an image padded so, instead of the above
     data.flip = 0.5  # probability of a horizontal flip
-    data.interpolation = "bicubic"  # of training crops: "bicubic", "bilinear", or "random" for either
+    data.interpolation = "bicubic"  # of training crops: "bicubic", "bilinear", "random" for either; "opencv" with boxes
     data.auto_augment = ""  # "rand-m9-mstd0.5-inc1" (RandAugment), "3a" (3-Augment), "original", "v0"; "": none
     data.color_jitter = 0.0  # strength of brightness, contrast, saturation changes; without auto_augment, or with "3a"
     data.repeats = 1  # times that an image comes, augmented anew each time, in one batch
@@ -46,6 +47,22 @@ def get_config() -> ConfigDict:
     data.std = ()  # likewise
     data.threads = 16  # that read and decode, in each process
     data.workers = 0  # processes that read and decode; 0: in the training process
+    # Of detection and segmentation. Heights and widths are in pixels.
+    data.channels = "rgb"  # order of the channels that the network takes, and of data.mean and std; or "bgr"
+    data.resize = "mmdet"  # whose rounding of new sizes: "mmdet", "detectron2" or "detr"
+    data.short_side = (800,)  # what an image's shorter side becomes, one of these
+    data.short_side_range = False  # any whole number from the smallest to the largest of them
+    data.long_side = 1333  # what the longer side may not exceed
+    data.scale_range = (1.0, 1.0)  # of a random factor of both
+    data.canvas = ((800, 1344), (1344, 800))  # (height, width) to pad images to; (): as many as there are sizes
+    data.max_boxes = 100  # of an image that are learned; others are counted
+    data.masks = False  # of every box are learned
+    data.crop = False  # a random part, as large as the one canvas
+    data.cat_max_ratio = 1.0  # crops are drawn again until no class has as large a share; 1: once
+    data.photometric = False  # random brightness, contrast, saturation and hue
+    data.eval_short_side = 800  # evaluation, as data.short_side; longer sides as in training
+    data.eval_align = 1  # evaluation: sides are rounded up to multiples of this
+    data.eval_canvas = ((800, 1344), (1344, 800))  # likewise
 
     config.mix = mix = ConfigDict()  # images mixed with those of the reversed group, on the device
     mix.groups = 1  # runs of rows, each drawn for and mixed by itself, as the processes of the authors; 1: the batch
@@ -71,23 +88,27 @@ def get_config() -> ConfigDict:
     optim.momentum = 0.9  # of "sgd"
     optim.weight_decay = 0.05  # not on vectors, nor on what the model excludes
     optim.decay_vectors = False  # decay everything
+    optim.decay_norms = True  # with decay_vectors: norms too
     optim.clip_norm = 0.0  # largest global norm of the gradient; 0: no clipping
     optim.accumulate = 1  # parts of a batch that go through the network one after another: less memory
     optim.layer_decay = 1.0  # factor of the learning rate for every layer further from the head
     optim.lr_rules = ()  # (pattern, factor) pairs: peak learning rate by path of the parameter; 0 freezes; (): all 1
 
     config.schedule = schedule = ConfigDict()  # linear warm-up, then:
-    schedule.name = "cosine"  # "cosine" or "constant"
+    schedule.name = "cosine"  # "cosine", "constant", "step" or "poly"
+    schedule.drops = ()  # of "step": epochs from which the rate is a tenth
+    schedule.power = 0.9  # of "poly"
     schedule.per = "step"  # the rate changes every "step" or every "epoch"
     schedule.round_up = False  # an epoch counts its last, partial batch; the stream fills it from the next epoch
     schedule.lag = 0  # with "epoch": 1 to change the rate one epoch late, as DeiT's trainer does
     schedule.warmup_epochs = 5.0  # length of the warm-up
     schedule.warmup_lr = 1e-6  # at step 0
     schedule.min_lr = 1e-5  # at the end
-    schedule.cooldown_epochs = 0.0  # at min_lr, after the cosine; part of config.epochs
+    schedule.cooldown_epochs = 0.0  # at min_lr, after "cosine" or "poly"; part of config.epochs
     schedule.scale_ends = False  # warmup_lr and min_lr grow with the batch as well
 
     config.loss = ConfigDict()
+    config.loss.images_per_group = 0  # detection: images that share a divisor, as a process of the authors; 0: all
     config.loss.label_smoothing = 0.1  # probability spread evenly over all classes
 
     config.ema = ConfigDict()

@@ -5,7 +5,8 @@
     python main.py --config=configs/quickstart.py
     python main.py --config=configs/quickstart.py:rest
 
-After the colon a family: pvt (the default), pit, t2t_vit or rest, each with its own recipe scaled down.
+After the colon a family: pvt (the default), pit, t2t_vit or rest, each with its own recipe scaled down. Or a task, on
+scenes composed of the digits: detect (RetinaNet), mask (Mask R-CNN) or segment (Semantic FPN), each on a small PVT.
 """
 
 from ml_collections import ConfigDict
@@ -13,11 +14,14 @@ from ml_collections import ConfigDict
 from vitpyramid.configs import base
 
 FAMILIES = ("pvt", "pit", "t2t_vit", "rest")
+DENSE = {"detect": "retinanet_pvt_micro", "mask": "mask_rcnn_pvt_micro", "segment": "semantic_fpn_pvt_micro"}
 
 
 def get_config(family: str = "pvt") -> ConfigDict:
+    if family in DENSE:
+        return _scenes(family)
     if family not in FAMILIES:
-        raise ValueError(f"configs/quickstart.py:{family}: expected one of {', '.join(FAMILIES)}")
+        raise ValueError(f"configs/quickstart.py:{family}: expected one of {', '.join((*FAMILIES, *DENSE))}")
     config = base.get_config()
     config.batch_size = 64
     config.epochs = 60.0 if family in ("pit", "t2t_vit") else 40.0
@@ -51,4 +55,30 @@ def get_config(family: str = "pvt") -> ConfigDict:
     config.eval.batch_size = 120
     config.eval.every_epochs = 10.0
     config.checkpoint.every_epochs = 10.0
+    return config
+
+
+def _scenes(entry: str) -> ConfigDict:
+    config = base.get_config()
+    config.task = "segment" if entry == "segment" else "detect"
+    config.batch_size = 8 if entry == "mask" else 4
+    config.epochs = 2.4
+
+    config.model.name, config.model.num_classes = DENSE[entry], 11 if entry == "segment" else 10
+    config.model.dtype, config.model.drop_path_rate = "float32", 0.0
+
+    data = config.data
+    data.name, data.eval_split = "scenes", "test"
+    data.image_size = 96  # of the position tables
+    data.interpolation, data.flip, data.threads = "bilinear", 0.0, 2
+    data.short_side, data.long_side, data.eval_short_side = (96,), 96, 96
+    data.canvas = data.eval_canvas = ((96, 96),)
+    data.max_boxes, data.masks = 6, entry == "mask"
+
+    config.optim.lr, config.optim.lr_batch = 1e-3 if entry == "segment" else 4e-4, 0
+    config.optim.clip_norm = 10.0
+    config.schedule.warmup_epochs = 0.1
+
+    config.eval.batch_size = 40
+    config.eval.every_epochs = config.checkpoint.every_epochs = 1.2
     return config

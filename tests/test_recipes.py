@@ -10,8 +10,9 @@ import pytest
 
 from configs import base, pit, t2t_vit
 from vitpyramid import list_models
+from vitpyramid.heads.registry import DENSE
 from vitpyramid.models.registry import get_variant
-from vitpyramid.train.config import flatten
+from vitpyramid.train.config import flatten, validate
 from vitpyramid.train.schedule import Horizon, make_schedule, peak_lr
 
 IMAGENET = 1_281_167
@@ -253,3 +254,94 @@ def test_results_list_every_published_accuracy():
         assert f"--config=configs/{text.replace(':', '.py:')}" in rows[label][-2], label
         if label == name:
             assert float(rows[label][2]) == get_variant(name).top1, label
+
+
+# What mmdetection's and detectron2's configs of the papers set.
+PVT_DETECTION = {
+    "task": "detect",
+    "batch_size": 16,
+    "epochs": 12.0,
+    "model.drop_path_rate": 0.1,
+    "data.resize": "mmdet",
+    "data.interpolation": "opencv",
+    "data.short_side": [800],
+    "data.short_side_range": False,
+    "data.long_side": 1333,
+    "data.flip": 0.5,
+    "data.channels": "rgb",
+    "data.masks": False,
+    "data.mean": [],
+    "data.std": [],
+    "loss.images_per_group": 2,
+    "optim.name": "adamw",
+    "optim.weight_decay": 1e-4,
+    "optim.decay_vectors": True,
+    "optim.decay_norms": True,
+    "optim.clip_norm": 0.0,
+}
+MASKS = {"data.masks": True}
+MULTI_SCALE = {"epochs": 36.0, "data.short_side": [640, 800], "data.short_side_range": True}
+REST_DETECTION = {
+    **PVT_DETECTION,
+    "epochs": 90_000 / 7330,
+    "data.resize": "detectron2",
+    "data.interpolation": "bilinear",
+    "data.short_side": [640, 672, 704, 736, 768, 800],
+    "data.channels": "bgr",
+    "data.mean": [103.53 / 255, 116.28 / 255, 123.675 / 255],
+    "data.std": [1 / 255] * 3,
+    "optim.weight_decay": 0.05,
+    "optim.decay_norms": False,
+}
+SEGMENTATION = {
+    "task": "segment",
+    "batch_size": 32,
+    "model.drop_path_rate": 0.1,
+    "data.short_side": [512],
+    "data.long_side": 2048,
+    "data.scale_range": [0.5, 2.0],
+    "data.crop": True,
+    "data.canvas": [[512, 512]],
+    "data.cat_max_ratio": 0.75,
+    "data.photometric": True,
+    "data.eval_align": 32,
+    "optim.lr": 2e-4,
+    "optim.weight_decay": 1e-4,
+    "optim.decay_vectors": True,
+}
+# Besides the values: steps of a run, and the rate at some of them.
+DENSE_RECIPES = {
+    "detect:retinanet_pvt_small": (
+        PVT_DETECTION, 87_960, {0: 1e-7, 250: 5.005e-5, 500: 1e-4, 58_639: 1e-4, 58_640: 1e-5, 80_630: 1e-6}
+    ),
+    "detect:retinanet_pvt_large": ({**PVT_DETECTION, "model.drop_path_rate": 0.0}, 87_960, {600: 1e-4}),
+    "detect:retinanet_pvt_tiny,schedule=3x": (
+        {**PVT_DETECTION, **MULTI_SCALE}, 263_880, {197_909: 1e-4, 197_910: 1e-5}
+    ),
+    "detect:mask_rcnn_pvt_small": ({**PVT_DETECTION, **MASKS}, 87_960, {600: 2e-4}),
+    "detect:mask_rcnn_pvt_large": (
+        {**PVT_DETECTION, **MASKS, "model.drop_path_rate": 0.0, "batch_size": 8, "loss.images_per_group": 1},
+        175_908,
+        {1100: 2e-4 / 1.4},
+    ),
+    "detect:retinanet_rest_base": (
+        {**REST_DETECTION, "model.drop_path_rate": 0.2}, 90_000, {0: 1e-7, 1000: 1e-4, 60_000: 1e-5, 80_000: 1e-6}
+    ),
+    "detect:mask_rcnn_rest_small": ({**REST_DETECTION, **MASKS}, 90_000, {59_999: 1e-4}),
+    "segment:semantic_fpn_pvt_small": (SEGMENTATION, 40_000, {0: 2e-4, 20_000: 2e-4 * 0.5**0.9, 39_999: 1.442e-8}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", DENSE_RECIPES)
+def test_dense_prediction_is_as_published(text):
+    config = recipe(text)
+    expected, steps, rates = DENSE_RECIPES[text]
+    found = flatten(config)
+    assert {key: found[key] for key in expected} == expected
+    assert found["model.name"] == text.split(":")[1].split(",")[0]
+    assert found["model.drop_path_rate"] == DENSE[found["model.name"]].options["drop_path_rate"]
+    horizon = Horizon.of(config, 20_210 if config.task == "segment" else 117_266)
+    assert horizon.total_steps == steps
+    schedule = make_schedule(config, horizon)
+    assert {step: float(schedule(step)) for step in rates} == pytest.approx(rates, rel=1e-3)
+    validate(config, base.get_config(), 8)

@@ -48,6 +48,32 @@ DENSE: dict[str, DenseVariant] = {
 }
 
 
+# Not from the papers: for small images and small machines. Anchors begin at 16 pixels.
+_MICRO = {"channels": 32, "num_classes": 10}
+DENSE |= {
+    "retinanet_pvt_micro": DenseVariant(
+        RetinaNet,
+        "pvt_micro",
+        {**_MICRO, "channels": 64, "depth": 2, "scales": tuple(2 * 2 ** (i / 3) for i in range(3))},
+    ),
+    "mask_rcnn_pvt_micro": DenseVariant(
+        MaskRCNN,
+        "pvt_micro",
+        {
+            **_MICRO,
+            "fc_channels": 128,
+            "rpn_before": (200, 100),
+            "rpn_after": (100, 50),
+            "roi_samples": 32,
+            "most_detections": 20,
+        },
+    ),
+    "semantic_fpn_pvt_micro": DenseVariant(
+        SemanticFPN, "pvt_micro", {"channels": 64, "head_channels": 64, "num_classes": 11}
+    ),
+}
+
+
 def list_models(pattern: str = "") -> list[str]:
     """As `models.registry.list_models`, networks for dense prediction included, behind the others."""
     return registry.names_like(pattern, _known())

@@ -167,10 +167,12 @@ def torch_bias_init(fan_in: int):
 def init(module: nn.Module, rngs, images, train: bool, method) -> dict:
     """`nn.Module.init(module, rngs, images, train=train, method=method)`; of the images only the shape is read.
 
+    They may be a tree of arrays, if the method takes one.
+
     Keys of another kind than JAX's default give what they give there, and take as long to compile.
     """
     plain = functools.partial(nn.Module.init, module, train=train, method=method)
-    images = jax.ShapeDtypeStruct(images.shape, images.dtype)
+    images = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), images)
     keys = dict(rngs) if isinstance(rngs, dict) else {"params": rngs}
     root = keys["params"]
     if not jnp.issubdtype(root.dtype, jax.dtypes.prng_key):

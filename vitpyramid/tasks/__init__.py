@@ -4,12 +4,12 @@ from types import ModuleType
 
 from ml_collections import ConfigDict
 
-from vitpyramid.tasks import classify
+from vitpyramid.tasks import classify, detect, segment
 from vitpyramid.tasks.task import ConfigError, Task
 
 __all__ = ["TASKS", "ConfigError", "Task", "make_task"]
 
-TASKS: dict[str, ModuleType] = {"classify": classify}
+TASKS: dict[str, ModuleType] = {"classify": classify, "detect": detect, "segment": segment}
 
 
 def make_task(config: ConfigDict) -> Task:

@@ -1,9 +1,8 @@
 """Image classification: crops and their labels in, mixed labels and a teacher to learn from, top-1 and top-5 out."""
 
-import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
@@ -19,7 +18,7 @@ from vitpyramid.models.stack import stack_blocks
 from vitpyramid.tasks import prepare as on_device
 from vitpyramid.tasks.metrics import Metrics, Sum
 from vitpyramid.tasks.rules import BATCH, FRACTION, PROBABILITY, Rule, between, channels, interval, one_of
-from vitpyramid.tasks.task import Batch, ConfigError, Task
+from vitpyramid.tasks.task import Batch, ConfigError, Task, config_errors
 from vitpyramid.weights import load_pretrained
 
 log = logging.getLogger(__name__)
@@ -96,11 +95,11 @@ def make_task(config: ConfigDict, teacher: Callable[[], tuple[nn.Module | None, 
     hosts = (jax.process_index(), jax.process_count())
 
     def train_batches(step: int) -> data.BatchIterator:
-        with _config_errors():
+        with config_errors():
             return data.make_train(config, open_split(config.data.train_split), step, *hosts)
 
     def eval_batches() -> data.EvalBatches:
-        with _config_errors():
+        with config_errors():
             return data.make_eval(config, open_split(config.data.eval_split), *hosts)
 
     def prepare(key: jax.Array, batch: Batch, constants: dict) -> tuple[jax.Array, Batch]:
@@ -224,13 +223,13 @@ def _with_classes(config: ConfigDict) -> ConfigDict:
     if config.model.num_classes:
         return config
     config = config.copy_and_resolve_references()
-    with _config_errors():
+    with config_errors():
         config.model.num_classes = data.open_source(config.data, config.data.eval_split).num_classes
     return config
 
 
 def _open_split(config: ConfigDict, split: str) -> data.Source:
-    with _config_errors():
+    with config_errors():
         source = data.open_source(config.data, split)
     if source.num_classes != config.model.num_classes:
         raise ConfigError(
@@ -264,7 +263,7 @@ def _load_teacher(config: ConfigDict) -> tuple[nn.Module, dict]:
     if not distill.teacher:
         return None, {}
     log.info("reading distill.teacher: %s", distill.teacher)
-    with _config_errors(f"distill.teacher = {distill.teacher!r}: "):
+    with config_errors(f"distill.teacher = {distill.teacher!r}: "):
         teacher, variables = load_pretrained(distill.teacher, distill.model or None)
     if teacher.num_classes != config.model.num_classes:
         raise ConfigError(
@@ -293,7 +292,7 @@ def _load_initial(config: ConfigDict, model: nn.Module) -> dict | None:
     if not config.init:
         return None
     log.info("reading init: %s", config.init)
-    with _config_errors(f"init = {config.init!r}: "):
+    with config_errors(f"init = {config.init!r}: "):
         _, variables = load_pretrained(
             config.init,
             config.model.name,
@@ -304,12 +303,3 @@ def _load_initial(config: ConfigDict, model: nn.Module) -> dict | None:
     if config.model.scan:
         variables = {**variables, "params": stack_blocks(variables["params"], model.stages)}
     return variables
-
-
-@contextlib.contextmanager
-def _config_errors(prefix: str = "") -> Iterator[None]:
-    """Data and weights that cannot be had are a config that cannot be run."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{prefix}{error}") from error

@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw
 
-from vitpyramid.tasks import Task, make_task
+from vitpyramid.tasks import ConfigError, Task, make_task
 from vitpyramid.tasks.classify import channel_statistics
 from vitpyramid.tools import config_args
 from vitpyramid.tools.classes import saved_names
@@ -42,6 +42,8 @@ def preview(config: ConfigDict, count: int) -> Image.Image:
 
 def small_task(config: ConfigDict, count: int) -> Task:
     """The task of a config with batches of `count`, and label weights as they were mixed."""
+    if config.task != "classify":
+        raise ConfigError(f"task = {config.task!r}: expected 'classify', no other task can be previewed")
     config = config.copy_and_resolve_references()
     config.batch_size = config.eval.batch_size = count
     config.data.workers, config.mix.groups = 0, 1

@@ -1,8 +1,10 @@
 """Reads a config's file, checks it before any work starts, and compares it with the config of an earlier run."""
 
 import difflib
+import functools
 import importlib.util
 import numbers
+import operator
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,7 +13,7 @@ from ml_collections import ConfigDict
 
 from vitpyramid import configs
 from vitpyramid.tasks import TASKS
-from vitpyramid.tasks.rules import BATCH, EPOCHS, FRACTION, SHARE, are_patterns, between, one_of
+from vitpyramid.tasks.rules import BATCH, EPOCHS, FRACTION, SHARE, Rule, are_patterns, between, one_of
 from vitpyramid.tasks.task import ConfigError
 
 # Keys that change neither what is learned nor how it is measured: a run may be resumed with others.
@@ -47,7 +49,9 @@ RULES = {
     "optim.accumulate": BATCH,
     "optim.layer_decay": SHARE,
     "optim.lr_rules": are_patterns(between(0, 1e6)),
-    "schedule.name": one_of("cosine", "constant"),
+    "schedule.name": one_of("cosine", "constant", "step", "poly"),
+    "schedule.drops": Rule(lambda v: list(v) == sorted(v) and all(map(EPOCHS.allows, v)), "rising numbers of epochs"),
+    "schedule.power": between(0, 10, above=True),
     "schedule.per": one_of("step", "epoch"),
     "schedule.lag": between(0, 1),
     "schedule.warmup_epochs": between(0, EPOCHS.high),
@@ -143,7 +147,8 @@ def validate(config: ConfigDict, reference: ConfigDict, device_count: int, evalu
     problems = [f"{key} = {flat[key]!r}: no such key{nearest(key, known)}" for key in flat if key not in known]
     problems += [f"{key}: missing" for key in known if key not in flat]
     task = TASKS.get(flat.get("task"))
-    rules = RULES | (task.RULES if task else {})
+    # All configs have the keys of all tasks; of one key the task's own rule counts.
+    rules = functools.reduce(operator.or_, [module.RULES for module in (*TASKS.values(), task) if module], RULES)
     for key in flat.keys() & known.keys():
         value = flat[key]
         if not _same_type(value, known[key]):

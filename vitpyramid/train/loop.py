@@ -25,6 +25,9 @@ from vitpyramid.train.program import (
     build,
     compile_eval_step,
     compile_train_step,
+    eval_step_for,
+    for_all_shapes,
+    train_step_for,
     use_compile_cache,
 )
 from vitpyramid.train.report import Report, Summary
@@ -82,6 +85,8 @@ def train(
         train_step = compile_train_step(task, program, mesh)
         eval_step = compile_eval_step(task, program.state.variables, mesh)
         compile_seconds = time.perf_counter() - compiling
+        train_step = for_all_shapes(train_step, "train step", *train_step_for(task, program, mesh))
+        eval_step = _for_all_shapes(task, eval_step, program.state.variables, mesh)
         if start:
             state = store.restore(checkpoints, start, program.state)
         else:
@@ -110,7 +115,8 @@ def train(
                 if not metrics:
                     with report.paused(step):
                         options = eval_batches, mesh, stop_requested
-                        metrics = numbers(measure(eval_step, state.variables, state.ema, *options))
+                        measured = measure(eval_step, state.variables, state.ema, *options)
+                        metrics = _written(task, measured, workdir)
                     report.evaluated(step, metrics)
             stop = stop_requested()
             if step == total or stop:
@@ -134,7 +140,7 @@ def evaluate_checkpoint(task: Task, workdir: Path) -> tuple[int, dict[str, float
     Returns the checkpoint's step and the metrics.
     """
     step, measured = measure_checkpoint(task, workdir)
-    return step, numbers(measured)
+    return step, _written(task, measured, workdir)
 
 
 def measure_checkpoint(task: Task, workdir: Path) -> tuple[int, dict[str, Metrics]]:
@@ -148,7 +154,7 @@ def measure_checkpoint(task: Task, workdir: Path) -> tuple[int, dict[str, Metric
         has_average = checkpoint.check_evaluates(checkpoints, step, task)
         batches = task.eval_batches()
         variables = abstract_variables(task, mesh)
-        eval_step = compile_eval_step(task, variables, mesh)
+        eval_step = _for_all_shapes(task, compile_eval_step(task, variables, mesh), variables, mesh)
         average = variables if has_average else {}
         model_state = {name: collection for name, collection in variables.items() if name != "params"}
         wanted = {"params": variables["params"], "model_state": model_state, "ema": average}
@@ -184,6 +190,19 @@ def measure(
 def numbers(measured: dict[str, Metrics]) -> dict[str, float]:
     """The values of what `measure` gives, by prefix and name."""
     return {prefix + name: value for prefix, one in measured.items() for name, value in compute(one).items()}
+
+
+def _for_all_shapes(task: Task, eval_step: Callable, variables: dict, mesh: Mesh) -> Callable:
+    return for_all_shapes(eval_step, "evaluation step", *eval_step_for(task, variables, mesh))
+
+
+def _written(task: Task, measured: dict[str, Metrics], workdir: Path) -> dict[str, float]:
+    """The `numbers`; the task's files of them are written into `workdir`."""
+    if jax.process_index() == 0:
+        for prefix, one in measured.items():
+            for name, text in task.files(one).items():
+                write_atomically(workdir / f"{prefix}{name}", text)
+    return numbers(measured)
 
 
 def _merged(measured: Metrics | None, more: Metrics) -> Metrics:

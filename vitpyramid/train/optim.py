@@ -37,6 +37,12 @@ def decay_mask(params, no_weight_decay: tuple[str, ...]):
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in exempt, params)
 
 
+def all_but_norms(params):
+    """True for each parameter that is not of a norm: of a module with a `scale`. detectron2's `WEIGHT_DECAY_NORM`."""
+    norms = {path[:-1] for path in traverse_util.flatten_dict(params) if path[-1] == "scale"}
+    return jax.tree_util.tree_map_with_path(lambda path, _: tuple(part.key for part in path[:-1]) not in norms, params)
+
+
 def make_optimizer(config: ConfigDict, horizon: Horizon, params, model: Backbone) -> Optimizer:
     """The optimizer of a config for parameters of `model`, which says what is not decayed and what a layer is.
 
@@ -59,7 +65,9 @@ def make_optimizer(config: ConfigDict, horizon: Horizon, params, model: Backbone
         scales = jax.tree.map(lambda depth: optim.layer_decay**depth, layers_to_head(params, model))
 
     def decayed(tree):
-        return jax.tree.map(lambda _: True, tree) if optim.decay_vectors else decay_mask(tree, model.no_weight_decay)
+        if not optim.decay_vectors:
+            return decay_mask(tree, model.no_weight_decay)
+        return jax.tree.map(lambda _: True, tree) if optim.decay_norms else all_but_norms(tree)
 
     if optim.name == "adamp":
         rule = [scale_by_adamp(optim.beta1, optim.beta2, optim.eps, optim.weight_decay, decayed, model.stages)]

@@ -101,6 +101,24 @@ def compile_eval_step(task: Task, variables: dict, mesh: Mesh) -> jax.stages.Com
     return compile_logged("evaluation step", step, *shapes)
 
 
+def for_all_shapes(compiled: Callable, what: str, step: jax.stages.Wrapped, shapes: tuple) -> Callable:
+    """A step `(state, batch, ...)`, compiled for these shapes, that is compiled again when a batch has others."""
+    first, batch, *rest = shapes
+    programs = {_shapes_of(batch): compiled}
+
+    def run(state, batch, *others):
+        if (key := _shapes_of(batch)) not in programs:
+            like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batch)
+            programs[key] = compile_logged(what, step, first, like, *rest)
+        return programs[key](state, batch, *others)
+
+    return run
+
+
+def _shapes_of(batch: dict) -> tuple:
+    return tuple(leaf.shape for _, leaf in sorted(batch.items()))
+
+
 def use_compile_cache(folder: str) -> None:
     """Keeps compiled programs in `folder` ("auto": the user's cache folder, "": nowhere) for later runs."""
     if folder == "auto":

@@ -38,11 +38,16 @@ def peak_lr(config: ConfigDict) -> float:
 
 
 def make_schedule(config: ConfigDict, horizon: Horizon, factor: float = 1.0) -> optax.Schedule:
-    """Learning rate at each step: linear warm-up, then cosine or constant, as timm's schedulers with one cycle.
+    """Learning rate at each step: linear warm-up, then what `schedule.name` says.
+
+    "cosine" and "constant" are timm's schedulers with one cycle.
 
     With `t` the time in epochs, `T` the length without cooldown, `w` the warm-up: `warmup_lr + t (lr - warmup_lr) / w`
     before `w`; then `min_lr + (lr - min_lr) (1 + cos(pi t / T)) / 2`, or `lr` where `schedule.name` is "constant"; from
     `T` on `min_lr`, or `lr`. The phase is `t / T`, not `(t - w) / (T - w)`.
+
+    "step" divides `lr` by 10 at each of `schedule.drops`; "poly" is `min_lr + (lr - min_lr) (1 - t / T) ** power`
+    (mmdetection's and mmsegmentation's, detectron2's `WarmupMultiStepLR`).
 
     Where `schedule.per` is "epoch", `t` is the number of whole epochs done, less `schedule.lag`, at least 0. DeiT, PVT,
     PiT and ResT have a lag of 1: they call timm's `step(epoch)` after an epoch, so the first two have the same rate.
@@ -64,6 +69,11 @@ def make_schedule(config: ConfigDict, horizon: Horizon, factor: float = 1.0) -> 
         rising = start + time * ((lr - start) / max(warmup, 1e-9))
         if schedule.name == "constant":
             after = jnp.full_like(rising, lr)
+        elif schedule.name == "step":
+            drops = jnp.round(jnp.array(schedule.drops) * unit)
+            after = lr * 0.1 ** jnp.sum(time >= drops)
+        elif schedule.name == "poly":
+            after = low + (lr - low) * (jnp.maximum(length - time, 0) / length) ** schedule.power
         else:
             # (1 + cos(pi t / T)) / 2, from what is left of T: exact to float32 near the end, where that cancels.
             after = low + (lr - low) * jnp.sin(jnp.pi / 2 * jnp.maximum(length - time, 0) / length) ** 2

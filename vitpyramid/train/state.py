@@ -42,7 +42,7 @@ def initial_variables(task: Task, rows: int) -> dict:
     """
     inputs = jax.eval_shape(task.prepare_eval, task.batch(True))
     zeros = jax.tree.map(lambda leaf: jnp.zeros((rows, *leaf.shape[1:]), leaf.dtype), inputs)
-    return task.model.init(named_key(task.config.seed, "init"), zeros)
+    return task.model.init(named_key(task.config.seed, "init"), zeros, method=task.call)
 
 
 def initial_state(variables: dict, tx: optax.GradientTransformation, average: bool) -> TrainState:

@@ -30,6 +30,7 @@ def make_train_step(
             {"params": params, **model_state},
             x,
             train=True,
+            method=task.call,
             rngs={"dropout": dropout_key},
             mutable=list(model_state),
         )
@@ -90,6 +91,7 @@ def make_eval_step(task: Task) -> Callable[[dict, Batch], Metrics]:
     """`step(variables, batch) -> metrics`."""
 
     def eval_step(variables: dict, batch: Batch) -> Metrics:
-        return task.measure(task.model.apply(variables, task.prepare_eval(batch)), batch)
+        outputs = task.model.apply(variables, task.prepare_eval(batch), train=False, method=task.call)
+        return task.measure(outputs, batch)
 
     return eval_step
