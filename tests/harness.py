@@ -18,9 +18,6 @@ from vitpyramid.models.t2t_vit import GhostAttention, GhostMlp, SEAttention, T2T
 from vitpyramid.models.vit import ViT
 from vitpyramid.weights import flax_to_torch, names, torch_to_flax
 
-# Compiling is most of these tests' time.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 SMALL = {"num_classes": 5, "image_size": 64}
 STAGES = {"dims": (8, 16, 24, 32), "heads": (1, 2, 3, 4), **SMALL}
 # Every kind of network there is, narrow enough to run anywhere.
@@ -42,7 +39,7 @@ NARROW = {
 }
 
 
-@functools.partial(quick_jit, static_argnums=0, static_argnames=("train", "method"))
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("train", "method"))
 def apply(model, variables, images, seed=0, *, train=False, method=None):
     """`model.apply` in one program; dropout draws from `seed`, updated statistics are left out."""
     rngs = {"dropout": jax.random.key(seed)}

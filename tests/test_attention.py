@@ -12,7 +12,7 @@ from flax import traverse_util
 from PIL import Image
 
 import rest_by_hand
-from harness import NARROW, quick_jit, random_images, random_variables
+from harness import NARROW, random_images, random_variables
 from vitpyramid import create_model
 from vitpyramid.evals.attention import (
     AttentionMap,
@@ -43,7 +43,7 @@ def run(kind: str):
         maps = attention_maps(model, variables, images)
         return maps, rollout(maps), statistics(model, variables, images), projected
 
-    return jax.tree.map(np.asarray, quick_jit(everything)(variables, random_images(2, 64, 96)))
+    return jax.tree.map(np.asarray, jax.jit(everything)(variables, random_images(2, 64, 96)))
 
 
 def formula(found: AttentionMap, projected: dict) -> np.ndarray:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import golden
-from harness import quick_jit
 from vitpyramid.models import forms, token_forms
 
 # Name: the form of a TPU, that of other devices, their other arguments, and shapes of inputs.
@@ -73,7 +72,7 @@ def value_and_gradients(form, inputs, dtype) -> list:
         waves = [jnp.cos(jnp.arange(leaf.size) + i).reshape(leaf.shape) for i, leaf in enumerate(leaves)]
         return out, backward(treedef.unflatten([wave.astype(dtype) for wave in waves]))
 
-    return jax.tree.leaves(quick_jit(both)(*(jnp.asarray(x, dtype) for x in inputs)))
+    return jax.tree.leaves(jax.jit(both)(*(jnp.asarray(x, dtype) for x in inputs)))
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-12), ("float32", 1e-6), ("bfloat16", 0.02)])

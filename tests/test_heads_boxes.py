@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from dense_golden import DenseGolden, tensor
-from harness import quick_jit
 from vitpyramid.heads import anchors, boxes, matching
 from vitpyramid.heads.nms import nms
 from vitpyramid.heads.roi_align import bin_weights, roi_align
@@ -40,11 +39,11 @@ def test_anchors(library, head):
     height, width = golden.meta["canvas"]
     for i, stride in enumerate(STRIDES[head]):
         grid = -(-height // stride), -(-width // stride)
-        of_grid = quick_jit(lambda b, g=grid, s=stride: anchors.grid_anchors(b, g, s, jnp.float64))
+        of_grid = jax.jit(lambda b, g=grid, s=stride: anchors.grid_anchors(b, g, s, jnp.float64))
         check(golden, f"{library}_{head}/grid{i}", of_grid(base[i]))
         if library == "mmdet":
             sizes = np.array([[height - 32, width - 64], [height - 63, width - 95]])  # the same once padded
-            valid = quick_jit(anchors.inside, static_argnums=(0, 1, 3))(grid, stride, sizes, len(base[i]))
+            valid = jax.jit(anchors.inside, static_argnums=(0, 1, 3))(grid, stride, sizes, len(base[i]))
             assert (valid == golden.data[f"mmdet_{head}/valid{i}"]).all()
 
 
@@ -83,7 +82,7 @@ SETTINGS = {
 def test_assignment(setting):
     """Also with slots for boxes that are not there, and anchors that are outside, whatever they overlap."""
     golden = DenseGolden("assigner")
-    assign = quick_jit(functools.partial(matching.assign, **SETTINGS[setting]))
+    assign = jax.jit(functools.partial(matching.assign, **SETTINGS[setting]))
     for i in range(4):
         overlaps = golden.data[f"overlaps{i}"]
         g, n = overlaps.shape
@@ -107,7 +106,7 @@ def test_assignment(setting):
 def test_sampling():
     """The lowest indices without a key; with one at random; few positives are filled up with background."""
     label = jnp.array([0, 1, 0, 1, -1, 1, 0, 0, -1, 0])
-    sample = quick_jit(matching.sample, static_argnums=(1, 2))
+    sample = jax.jit(matching.sample, static_argnums=(1, 2))
     index, positive, valid = sample(label, 6, 2, None)
     assert index.tolist() == [1, 3, 0, 2, 6, 7] and positive.tolist() == [True] * 2 + [False] * 4 and valid.all()
     index, positive, valid = sample(label, 12, 6, None)
@@ -118,7 +117,7 @@ def test_sampling():
     assert {*drawn[:, 0].tolist()} == {1, 3, 5} and {*drawn[:, 1:].ravel().tolist()} == {0, 2, 6, 7, 9}
 
 
-@functools.partial(quick_jit, static_argnums=(2, 3, 4))
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def multiclass(of, scores, threshold, most, block):
     """As the second stage has it: every box with every class."""
     n, k = scores.shape
@@ -130,7 +129,7 @@ def multiclass(of, scores, threshold, most, block):
 def test_suppression(block):
     golden = DenseGolden("nms")
     of, scores = jnp.asarray(golden.data["boxes"]), jnp.asarray(golden.data["scores"])
-    suppress = quick_jit(nms, static_argnums=(4,), static_argnames="block")
+    suppress = jax.jit(nms, static_argnums=(4,), static_argnames="block")
     for threshold in (0.3, 0.5, 0.7):
         expected = golden.data[f"nms{threshold}/keep"]
         kept = suppress(of, scores[:, 0], jnp.ones(len(of), bool), threshold, len(of), block=block)
@@ -150,7 +149,7 @@ def test_suppression(block):
 def test_a_box_that_overlaps_by_the_threshold_stays():
     golden = DenseGolden("nms")
     of = jnp.asarray(golden.data["edge/boxes"])
-    kept = quick_jit(nms, static_argnums=4)(of, jnp.arange(5.0)[::-1], jnp.ones(5, bool), 0.5, 5)
+    kept = jax.jit(nms, static_argnums=4)(of, jnp.arange(5.0)[::-1], jnp.ones(5, bool), 0.5, 5)
     expected = golden.data["edge/keep_0.5_not_suppressed_at_equality"]
     assert kept.index[kept.valid].tolist() == expected.tolist()
     assert not nms(of[:0], jnp.zeros(0), jnp.zeros(0, bool), 0.5, 3).valid.any()
@@ -172,7 +171,7 @@ def test_roi_align(bins, points):
         return out, backward(cotangent)[0].transpose(0, 3, 1, 2)
 
     cotangent = tensor(golden.meta["seed"], f"cotangent{bins}_{points}", (len(rois), maps.shape[-1], bins, bins))
-    out, gradient = quick_jit(with_gradient)(maps, jnp.asarray(cotangent, jnp.float64))
+    out, gradient = jax.jit(with_gradient)(maps, jnp.asarray(cotangent, jnp.float64))
     check(golden, f"out{bins}_sampling{points}", out)
     check(golden, f"grad_input{bins}_sampling{points}", gradient)
 
@@ -181,7 +180,7 @@ def test_bins_of_any_length():
     """A region hundreds of cells long has as many points in a bin as cells, and each is counted."""
     low = np.array([-3.2, 0.0, 11.3, 99.0, 300.0, -400.0, 20.5])
     high = np.array([950.1, 97.0, 11.4, 99.0, 4000.0, 30.0, 27.5])
-    found = quick_jit(bin_weights, static_argnums=(2, 3))(low, high, 7, 97)
+    found = jax.jit(bin_weights, static_argnums=(2, 3))(low, high, 7, 97)
     expected = np.zeros((len(low), 7, 97))
     for r in range(len(low)):
         width = (high[r] - low[r]) / 7

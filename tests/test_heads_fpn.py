@@ -13,7 +13,7 @@ from flax import traverse_util
 
 from dense_golden import DenseGolden, tensor
 from dense_networks import nchw
-from harness import NARROW, quick_jit
+from harness import NARROW
 from vitpyramid import create_model, list_models
 from vitpyramid.heads.fpn import FPN, enlarge
 from vitpyramid.models.backbone import Level
@@ -36,7 +36,7 @@ def test_original(stem):
         keys = {path: re.sub(r"(\.\d+)\.", r"\1.conv.", names.torch_name(path)) for path in paths}
         params = {path: jnp.asarray(names.from_torch(path, weights[key]), jnp.float64) for path, key in keys.items()}
 
-        @quick_jit
+        @jax.jit
         def gradient(params, inputs):
             def loss(params, inputs):
                 levels = [Level(x, 4 * 2**i) for i, x in enumerate(inputs)]

@@ -7,7 +7,6 @@ import pytest
 
 from dense_golden import DenseGolden
 from dense_networks import backbone, canvas, nchw, padded_targets
-from harness import quick_jit
 from vitpyramid import create_model
 from vitpyramid.heads.detector import rescale
 from vitpyramid.heads.masks import mask_targets, paste
@@ -98,11 +97,11 @@ def test_original(stem):
     images, sizes = canvas(golden), np.array(meta["img_shapes"])
     targets = padded_targets(golden, SLOTS, masks=True)
 
-    @quick_jit
+    @jax.jit
     def evaluate(variables):
         return model.apply(variables, images, targets, sizes, False, method=parts)
 
-    @quick_jit
+    @jax.jit
     def train(params, others):
         def loss(params):
             found, updated = model.apply(

@@ -7,7 +7,6 @@ import pytest
 
 from dense_golden import DenseGolden
 from dense_networks import backbone, canvas, nchw, padded_targets
-from harness import quick_jit
 from vitpyramid import create_model
 from vitpyramid.heads.detector import rescale
 from vitpyramid.weights.dense_names import from_state_dict, to_state_dict
@@ -39,12 +38,12 @@ def test_original(stem):
     variables = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), from_state_dict(model, weights))
     images, sizes, targets = canvas(golden), np.array(meta["img_shapes"]), padded_targets(golden, 7)
 
-    @quick_jit
+    @jax.jit
     def evaluate(variables):
         predictions = model.apply(variables, images, method="predict")
         return predictions, model.detections_of(predictions, sizes), model.assign(predictions.levels, targets, sizes)
 
-    @quick_jit
+    @jax.jit
     def train(params, others):
         def loss(params):
             found, updated = model.apply(

@@ -6,7 +6,6 @@ import numpy as np
 
 from dense_golden import DenseGolden, generator
 from dense_networks import backbone, nchw
-from harness import quick_jit
 from vitpyramid import create_model
 from vitpyramid.heads.semantic_fpn import IGNORED, probabilities
 from vitpyramid.weights.dense_names import from_state_dict, to_state_dict
@@ -46,12 +45,12 @@ def test_original():
             levels = model.pyramid(images)
             return levels, model.decode_head(levels, False)
 
-        @quick_jit
+        @jax.jit
         def evaluate(variables):
             levels, logits = model.apply(variables, method=levels_and_logits)
             return levels, logits, probabilities(logits, size, original)
 
-        @quick_jit
+        @jax.jit
         def train(params, others, labels):
             def loss(params):
                 found, updated = model.apply(

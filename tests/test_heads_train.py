@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from harness import quick_jit, random_images, random_variables
+from harness import random_images, random_variables
 from toy_family import Toy
 from vitpyramid import create_model
 from vitpyramid.heads.detector import Targets
@@ -33,7 +33,7 @@ def test_an_image_without_objects(name, options):
         variables["batch_stats"]["loss_normaliser"] = np.float32(100)
     others = {key: value for key, value in variables.items() if key != "params"}
 
-    @quick_jit
+    @jax.jit
     def step(params, boxes, key):
         targets = Targets(boxes, jnp.ones((2, 3), jnp.int32), jnp.asarray(valid), jnp.asarray(masks))
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from harness import quick_jit
 from vitpyramid import create_model
 from vitpyramid.models import initialisers
 from vitpyramid.models.layers import Mlp
@@ -34,7 +33,7 @@ class Network(nn.Module):
 
 
 X = jnp.zeros((2, 4))
-by_flax = quick_jit(lambda key: nn.Module.init(Network(), key, X, False))
+by_flax = jax.jit(lambda key: nn.Module.init(Network(), key, X, False))
 
 
 @pytest.mark.parametrize(

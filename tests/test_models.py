@@ -18,7 +18,6 @@ from harness import (
     cubic_matrix,
     linear_matrix,
     modules_called,
-    quick_jit,
     random_images,
     random_variables,
     shapes_of,
@@ -242,7 +241,7 @@ def test_gradient_reaches_every_parameter_and_recomputing_changes_nothing(kind):
         logits, updated = model.clone(remat=remat).apply({"params": params, **variables}, images, **options)
         return sum(jnp.sum(jnp.sin(head)) for head in jax.tree.leaves(logits)), updated
 
-    step = quick_jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
     traced = [step.trace(params, remat) for remat in (False, True)]
     blocks = sum(len(stage.blocks) for stage in model.stages)
     assert [str(program.jaxpr).count("remat2[") for program in traced] == [0, blocks + TOKEN_LAYERS.get(kind, 0)]
@@ -314,7 +313,7 @@ def test_bfloat16_is_close_and_finite_at_large_activations(kind):
         ((levels, _),) = state["intermediates"]["encode"]
         return sum(jnp.sum(jnp.sin(head)) for head in jax.tree.leaves(logits)), (logits, levels)
 
-    (_, (logits, levels)), gradient = quick_jit(jax.value_and_grad(loss, has_aux=True))(params)
+    (_, (logits, levels)), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     assert all(np.abs(np.float32(level.x)).max() > 100 for level in levels)
     leaves = jax.tree.leaves((logits, gradient))
     assert all(leaf.dtype == jnp.float32 and np.isfinite(leaf).all() for leaf in leaves)
@@ -343,7 +342,7 @@ SOWN = {
 
 @pytest.mark.parametrize("kind", SOWN)
 def test_attention_maps_are_sown(kind):
-    run = quick_jit(functools.partial(NARROW[kind].apply, mutable="intermediates"))
+    run = jax.jit(functools.partial(NARROW[kind].apply, mutable="intermediates"))
     _, state = run(random_of(kind), random_images(2, 64, 96))
     maps = flat(state["intermediates"])
     for block, shape in SOWN[kind].items():
@@ -409,7 +408,7 @@ def test_each_branch_draws_anew():
     model = NARROW["deit"].clone(drop_path_rate=0.5)
     options = {"train": True, "rngs": {"dropout": jax.random.key(0)}}
     options["capture_intermediates"] = lambda module, _: isinstance(module, DropPath)
-    _, state = quick_jit(functools.partial(model.apply, **options))(random_of("deit"), random_images(16, 32, 32))
+    _, state = jax.jit(functools.partial(model.apply, **options))(random_of("deit"), random_images(16, 32, 32))
     outputs = [branch for path, (branch,) in flat(state["intermediates"]).items() if "DropPath" in path]
     masks = [tuple(np.any(output, axis=(1, 2)).tolist()) for output in outputs]
     assert all(masks[0] + masks[1])  # the first block drops nothing

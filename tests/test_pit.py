@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from harness import assert_within, golden_run, quick_jit
+from harness import assert_within, golden_run
 from vitpyramid.models.pit import PoolConv, Transformer
 from vitpyramid.models.registry import create_model
 
@@ -73,7 +73,7 @@ def test_pooling_is_the_grouped_convolution(shape):
         assert jax.tree.map(np.shape, pool.init(jax.random.key(0), x)["params"]) == jax.tree.map(np.shape, params)
 
         def loss(function):
-            return quick_jit(jax.value_and_grad(lambda params, x: jnp.sum(function(params, x) ** 3), argnums=(0, 1)))
+            return jax.jit(jax.value_and_grad(lambda params, x: jnp.sum(function(params, x) ** 3), argnums=(0, 1)))
 
         expected = loss(convolve)(params, x)
         got = loss(lambda params, x: pool.apply({"params": params}, x))(params, x)
@@ -83,7 +83,7 @@ def test_pooling_is_the_grouped_convolution(shape):
 def test_initialisation():
     """Official code: tables and class tokens normal .02, norms 1 and 0, everything else as PyTorch makes it."""
     model = create_model("pit_ti_distilled", depths=(1, 1, 1))
-    variables = quick_jit(model.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
     params = traverse_util.flatten_dict(variables["params"], sep="/")
     fan_in = {path.rsplit("/", 1)[0]: x[..., 0].size for path, x in params.items() if path.endswith("kernel")}
     assert len(fan_in) == 1 + 4 * 3 + 2 * 2 + 2

@@ -9,7 +9,7 @@ import pytest
 from flax import traverse_util
 
 import golden
-from harness import apply, linear_matrix, quick_jit
+from harness import apply, linear_matrix
 from vitpyramid.models.layers import DropPath, resize_positions
 from vitpyramid.models.registry import create_model
 from vitpyramid.weights import flax_to_torch, torch_to_flax
@@ -48,7 +48,7 @@ def resize_tables(params: dict, height: int, width: int, stages=(1, 2, 3, 4), na
     return map_tables(params, stages, resize)
 
 
-@functools.partial(quick_jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def train_run(model, params, images, labels):
     """One program for everything the golden files hold: with all rates 0, training and evaluation are the same.
 
@@ -172,7 +172,7 @@ def test_drop_path_drops_whole_samples():
 def test_initialisation():
     """Official `_init_weights`: Linear, tables and class token normal .02; convolutions as PyTorch makes them."""
     images = jnp.zeros((1, 32, 32, 3))
-    variables = quick_jit(create_model("pvt_tiny").init)(jax.random.key(0), images)
+    variables = jax.jit(create_model("pvt_tiny").init)(jax.random.key(0), images)
     params = traverse_util.flatten_dict(variables["params"], sep="/")
     fan_in = {path.rsplit("/", 1)[0]: x[..., 0].size for path, x in params.items() if x.ndim == 4}
     assert len(fan_in) == 4 + 6

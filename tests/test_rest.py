@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import golden
 import harness
-from harness import apply, quick_jit, random_images, random_variables
+from harness import apply, random_images, random_variables
 from rest_by_hand import Numpy, torch_weights
 from vitpyramid.models.rest import BatchNorm, HeadMixing, ResT
 from vitpyramid.models.rest_forms import instance_norm
@@ -159,7 +159,7 @@ def test_instance_norm_takes_the_whole_map_in_two_passes():
 def test_training_updates_statistics_and_needs_them_mutable():
     model, images = LITTLE, random_images(4, 64, 64)
     variables = random_variables(model)
-    update = quick_jit(functools.partial(model.apply, train=True, mutable="batch_stats"))
+    update = jax.jit(functools.partial(model.apply, train=True, mutable="batch_stats"))
     _, updated = update(variables, images)
     assert jax.tree.structure(updated["batch_stats"]) == jax.tree.structure(variables["batch_stats"])
     for old, new in zip(jax.tree.leaves(variables["batch_stats"]), jax.tree.leaves(updated), strict=True):
@@ -171,7 +171,7 @@ def test_training_updates_statistics_and_needs_them_mutable():
 def test_initialisation():
     """Official `_init_weights`: Linear and convolutions normal .02, Linear biases 0, convolutions' as PyTorch's."""
     images = jnp.zeros((1, 32, 32, 3))
-    variables = quick_jit(ResT((1, 1), dims=(64, 128)).init)(jax.random.key(0), images)
+    variables = jax.jit(ResT((1, 1), dims=(64, 128)).init)(jax.random.key(0), images)
     params = traverse_util.flatten_dict(variables["params"], sep="/")
     fan_in = {path.rsplit("/", 1)[0]: x[..., 0].size for path, x in params.items() if x.ndim == 4}
     assert len(fan_in) == 3 + 1 + 2 + 2 + 1

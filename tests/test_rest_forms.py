@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import golden
-from harness import quick_jit
 from vitpyramid.models import rest_forms
 
 
@@ -20,7 +19,7 @@ def value_and_gradients(form, inputs) -> list[np.ndarray]:
         waves = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape).astype(leaf.dtype), out)
         return out, backward(waves)
 
-    return jax.tree.leaves(quick_jit(both)(inputs))
+    return jax.tree.leaves(jax.jit(both)(inputs))
 
 
 def errors(left, right) -> list[float]:
@@ -53,8 +52,8 @@ def test_a_stem_in_bfloat16_is_as_close_to_float64():
     inputs = image, *parameters
     with jax.enable_x64(True):
         form = functools.partial(rest_forms.stem_plain, of_batch=True, dtype=jnp.float64)
-        exact = quick_jit(form)(*jax.tree.map(jnp.float64, inputs))
-    outs = [quick_jit(functools.partial(form, of_batch=True, dtype=jnp.bfloat16))(*inputs) for form in STEMS]
+        exact = jax.jit(form)(*jax.tree.map(jnp.float64, inputs))
+    outs = [jax.jit(functools.partial(form, of_batch=True, dtype=jnp.bfloat16))(*inputs) for form in STEMS]
     assert outs[0][0].dtype == jnp.bfloat16 and outs[0][1][0][1].dtype == jnp.float32
     folded, plain = (errors(*map(jax.tree.leaves, (out, exact))) for out in outs)
     assert all(left < max(1.5 * right, 1e-3) < 0.02 for left, right in zip(folded, plain, strict=True))
@@ -100,6 +99,6 @@ def test_mixed_attention_in_bfloat16_is_as_close_to_float64(size):
     inputs = [jnp.asarray(rng.standard_normal((2, n, 3, 32)), jnp.bfloat16) for n in (50, 49, 49)]
     inputs += [np.float32(size * rng.standard_normal((3, 3))), np.float32(rng.standard_normal(3))]
     with jax.enable_x64(True):
-        exact = quick_jit(rest_forms.mixed_attention_plain)(*(jnp.float64(x) for x in inputs))
-    tpu, plain = (golden.relative_error(quick_jit(form)(*inputs), exact) for form in MIXED)
+        exact = jax.jit(rest_forms.mixed_attention_plain)(*(jnp.float64(x) for x in inputs))
+    tpu, plain = (golden.relative_error(jax.jit(form)(*inputs), exact) for form in MIXED)
     assert tpu < 1.5 * plain < 0.03

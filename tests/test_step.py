@@ -11,7 +11,6 @@ import optax
 import pytest
 
 from configs import quickstart
-from harness import quick_jit
 from vitpyramid.models.backbone import IMAGENET_MEAN, IMAGENET_STD
 from vitpyramid.tasks import make_task
 from vitpyramid.tasks.classify import smooth_one_hot, top_k_correct
@@ -72,7 +71,7 @@ def two_steps(devices, fsdp, family="pvt"):
     """Losses and gradient norms of two steps from step 0 on a mesh, and the state after each."""
     task, start, train_step = step_zero(family)
     mesh = make_mesh(fsdp, jax.devices()[:devices])
-    step = quick_jit(train_step)
+    step = jax.jit(train_step)
     with jax.set_mesh(mesh):
         state = jax.device_put(start, state_sharding(mesh, start))
         metrics, states = [], []

@@ -44,7 +44,7 @@ def performer_without_guard(query, key, value, w):
     return performer_without_shifts(query, key, value, w, guard=0)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
+@functools.partial(jax.jit, static_argnums=0)
 def value_and_gradient(function, query, key, value, w):
     """`[value, *gradients of the sum of its sines]`."""
     gradient = jax.grad(lambda *inputs: jnp.sum(jnp.sin(function(*inputs, w))), (0, 1, 2))

@@ -35,6 +35,6 @@ def test_variants_equal_numpy(name, heads):
     model, images = create_model(name), np.random.default_rng(0).standard_normal((1, 32, 48, 3)).astype(np.float32)
     shapes = golden.manifest()[name]["state_dict"]
     weights = {key: golden.weight(key, tuple(shape), 0, "standard") for key, shape in shapes.items()}
-    apply = jax.jit(model.apply, compiler_options={"xla_backend_optimization_level": 0})
+    apply = jax.jit(model.apply)
     logits = apply(torch_to_flax(name, weights), images)
     assert golden.relative_error(logits, t2t_by_hand.logits(weights, images, heads)) < 1e-5

@@ -8,7 +8,7 @@ from flax import traverse_util
 
 import golden
 import t2t_by_hand
-from harness import NARROW, apply, assert_within, golden_run, quick_jit, random_images, random_variables, shapes_of
+from harness import NARROW, apply, assert_within, golden_run, random_images, random_variables, shapes_of
 from vitpyramid.models.registry import create_model
 from vitpyramid.models.t2t_vit import GhostAttention, GhostMlp, sinusoid
 
@@ -81,7 +81,7 @@ def test_positions_are_a_sinusoid():
     table = sinusoid(197, 256)
     np.testing.assert_array_equal(table, golden.sinusoid(197, 256))
     assert table.dtype == np.float32
-    variables = quick_jit(LITTLE.clone(image_size=48).init)(jax.random.key(0), random_images(1, 16, 16))
+    variables = jax.jit(LITTLE.clone(image_size=48).init)(jax.random.key(0), random_images(1, 16, 16))
     np.testing.assert_array_equal(variables["constants"]["pos_embed"], golden.sinusoid(10, 32))
 
 
@@ -105,7 +105,7 @@ def test_initialisation():
         "convolution": {"tokens_type": "convolution"},
     }
     for kind, fields in models.items():
-        variables = quick_jit(create_model("t2t_vit_micro", **fields).init)(jax.random.key(0), images)
+        variables = jax.jit(create_model("t2t_vit_micro", **fields).init)(jax.random.key(0), images)
         uniform = 0
         for path, x in traverse_util.flatten_dict(variables["params"], sep="/").items():
             module, leaf = path.rsplit("/", 1) if "/" in path else ("", path)

@@ -11,7 +11,6 @@ import pytest
 
 import golden
 from configs import base
-from harness import quick_jit
 from vitpyramid import create_model
 from vitpyramid.tasks import make_task
 from vitpyramid.train.optim import make_optimizer
@@ -58,7 +57,7 @@ def run(meta: dict):
         variables = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), torch_to_flax(name, weights))
         horizon = Horizon.of(config, 1_281_167)
         optimizer = make_optimizer(config, horizon, variables["params"], task.model)
-        step = quick_jit(make_train_step(task, optimizer, make_schedule(config, horizon)))
+        step = jax.jit(make_train_step(task, optimizer, make_schedule(config, horizon)))
         state, losses, norms = initial_state(variables, optimizer.tx, average=False), [], []
         for s in range(meta["steps"]):
             draw = 1000 * seed + s + 1

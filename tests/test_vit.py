@@ -7,7 +7,7 @@ import pytest
 from flax import traverse_util
 
 import golden
-from harness import assert_within, golden_run, quick_jit
+from harness import assert_within, golden_run
 from vitpyramid.models.registry import create_model
 from vitpyramid.weights import torch_to_flax
 
@@ -60,7 +60,7 @@ def test_position_tables_that_fit_no_image_are_refused():
 def test_initialisation():
     """Official code: Linear, tables and tokens normal .02 with zero biases; the convolution as PyTorch makes it."""
     model = create_model("deit_tiny_distilled", depth=2)
-    variables = quick_jit(model.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
     params = traverse_util.flatten_dict(variables["params"], sep="/")
     bound = (16 * 16 * 3) ** -0.5
     for path, x in params.items():
