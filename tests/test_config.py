@@ -11,6 +11,7 @@ import jax
 import pytest
 
 from configs import base, quickstart
+from vitpyramid.heads.network import DenseNetwork
 from vitpyramid.tasks import TASKS, make_task
 from vitpyramid.train import config as configs
 from vitpyramid.train.program import abstract_batch, build
@@ -46,7 +47,7 @@ def test_every_config_file_is_tested():
 
 
 def shallow(model):
-    if hasattr(model, "backbone"):
+    if isinstance(model, DenseNetwork):
         return model.clone(backbone=shallow(model.backbone))
     depths = {"depths": (1,) * len(model.stages)} if hasattr(model, "depths") else {"depth": 1}
     return model.clone(**depths)
