@@ -12,9 +12,9 @@ import pytest
 import skimage.data
 from PIL import Image, ImageOps
 
-from vitpyramid import create_model, list_models
+from vitpyramid import create_model
 from vitpyramid.data.augment import eval_crop
-from vitpyramid.models.registry import get_variant
+from vitpyramid.models.registry import get_variant, list_models
 from vitpyramid.tools import predict as module
 from vitpyramid.tools.classes import IMAGENET_CLASSES, default_names
 from vitpyramid.tools.predict import main, name_of, predict

@@ -78,6 +78,13 @@ def test_facts_can_be_written_as_json():
     }  # fmt: skip
 
 
+def test_facts_of_a_network_for_dense_prediction_are_its_backbones():
+    facts = model_facts("semantic_fpn_pvt_tiny")
+    own = {"name": "semantic_fpn_pvt_tiny", "family": "SemanticFPN", "backbone": "pvt_tiny", "num_classes": 150}
+    assert facts == model_facts("pvt_tiny") | own | {"parameters": None, "gmacs": None, "top1": None}
+    assert model_facts("semantic_fpn_pvt_micro")["num_classes"] == 11
+
+
 def test_a_network_of_ones_own_has_a_name(monkeypatch):
     monkeypatch.setattr(registry, "VARIANTS", dict(registry.VARIANTS))
     model = create_model("deit_micro", depth=1, num_classes=3)

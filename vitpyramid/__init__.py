@@ -5,8 +5,8 @@ import importlib
 __version__ = "0.1.0"
 
 from vitpyramid import train
-from vitpyramid.heads.registry import create_model, list_models
-from vitpyramid.models.registry import model_facts, register_model
+from vitpyramid.heads.registry import create_model, list_models, model_facts
+from vitpyramid.models.registry import register_model
 from vitpyramid.weights import load_pretrained
 
 # What needs more than jax and flax is loaded when it is asked for.

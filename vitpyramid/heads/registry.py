@@ -79,6 +79,22 @@ def list_models(pattern: str = "") -> list[str]:
     return registry.names_like(pattern, _known())
 
 
+def model_facts(name: str) -> dict:
+    """As `models.registry.model_facts`; of a network for dense prediction those of its backbone, whose name is added as
+    `backbone`, with `parameters`, `gmacs` and `top1` None."""
+    if name not in DENSE:
+        return registry.model_facts(name)
+    variant = DENSE[name]
+    return {
+        **registry.model_facts(variant.backbone),
+        "name": name,
+        "family": variant.network.__name__,
+        "backbone": variant.backbone,
+        "num_classes": variant.options.get("num_classes", variant.network.num_classes),
+        **dict.fromkeys(("parameters", "gmacs", "top1")),
+    }
+
+
 def _known() -> list[str]:
     return [*registry.VARIANTS, *DENSE]
 
