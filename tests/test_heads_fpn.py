@@ -86,7 +86,8 @@ def test_names():
     found = [name for name in list_models() if "_pvt_" in name or "_rest_" in name]
     sizes = {"pvt": ("tiny", "small", "medium", "large"), "rest": ("small", "base", "large")}
     expected = [f"{head}_{f}_{size}" for head in ("retinanet", "mask_rcnn") for f in sizes for size in sizes[f]]
-    assert found == expected + [f"semantic_fpn_pvt_{size}" for size in sizes["pvt"]]
+    expected += [f"semantic_fpn_pvt_{size}" for size in sizes["pvt"]]
+    assert found == expected + [f"{head}_pvt_micro" for head in ("retinanet", "mask_rcnn", "semantic_fpn")]
     with pytest.raises(ValueError, match="unknown model 'retinanet_pvt_smal'.*retinanet_pvt_small"):
         create_model("retinanet_pvt_smal")
     with pytest.raises(ValueError, match="unknown model 'pit'"):
