@@ -154,7 +154,7 @@ def test_a_detection_run_stopped_and_resumed_ends_with_the_same_bits(tmp_path):
 
 
 def test_losses_are_summed_and_named():
-    total, metrics = detect.loss({"loss_cls": jnp.array([1.0, 2.0]), "loss_bbox": jnp.array(0.5)}, {})
+    total, metrics = dense.loss({"loss_cls": jnp.array([1.0, 2.0]), "loss_bbox": jnp.array(0.5)}, {})
     assert (total, metrics["loss_cls"].compute(), set(metrics)) == (3.5, 3.0, {"loss_cls", "loss_bbox"})
     assert detect.words({"loss": 1.0, "box_AP": 0.367, "box_APs": 0.2, "ema_mask_AP50": 0.5, "skipped": 2.0}) == (
         "loss 1.0000  box_AP 36.7  ema_mask_AP50 50.0  2 images skipped"

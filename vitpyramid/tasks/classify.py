@@ -1,5 +1,6 @@
 """Image classification: crops and their labels in, mixed labels and a teacher to learn from, top-1 and top-5 out."""
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from vitpyramid import data
 from vitpyramid.data import policies
 from vitpyramid.models.registry import create_model, get_variant, list_models
 from vitpyramid.models.stack import stack_blocks
+from vitpyramid.tasks import options
 from vitpyramid.tasks import prepare as on_device
 from vitpyramid.tasks.metrics import Metrics, Sum
 from vitpyramid.tasks.rules import BATCH, FRACTION, PROBABILITY, Rule, between, channels, interval, one_of
@@ -87,11 +89,11 @@ def make_task(config: ConfigDict, teacher: Callable[[], tuple[nn.Module | None, 
       ConfigError: `model.num_classes` is 0 and the data cannot be opened. The task's functions that open files raise it
         where the config does not fit them.
     """
-    config = _with_classes(config)
+    config = options.with_classes(config, lambda: data.open_source(config.data, config.data.eval_split).num_classes)
     model = _model(config)
     open_split = functools.cache(functools.partial(_open_split, config))
     teacher = teacher or functools.cache(functools.partial(_load_teacher, config))
-    mean, std = channel_statistics(config)
+    mean, std = options.channel_statistics(config, get_variant(config.model.name))
     hosts = (jax.process_index(), jax.process_count())
 
     def train_batches(step: int) -> data.BatchIterator:
@@ -207,54 +209,19 @@ def words(values: Mapping[str, float]) -> str:
     """`loss 0.1234  top1 97.50%  ema_top1 98.00%`, and the number of skipped images if it is not 0."""
     forms = {"loss": "{} {:.4f}", "top1": "{} {:.2%}", "top5": "{} {:.2%}"}
     text = [forms[kind].format(name, value) for name, value in values.items() if (kind := name.split("_")[-1]) in forms]
-    if values.get("skipped"):
-        text.append(f"{values['skipped']:.0f} images skipped")
-    return "  ".join(text)
-
-
-def channel_statistics(config: ConfigDict) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of the channels: the config's, or else the network's."""
-    variant = get_variant(config.model.name)
-    return tuple(config.data.mean) or variant.mean, tuple(config.data.std) or variant.std
-
-
-def _with_classes(config: ConfigDict) -> ConfigDict:
-    """The config with as many classes as the data has, where it says 0."""
-    if config.model.num_classes:
-        return config
-    config = config.copy_and_resolve_references()
-    with config_errors():
-        config.model.num_classes = data.open_source(config.data, config.data.eval_split).num_classes
-    return config
+    return "  ".join([*text, *options.skipped(values)])
 
 
 def _open_split(config: ConfigDict, split: str) -> data.Source:
     with config_errors():
         source = data.open_source(config.data, split)
-    if source.num_classes != config.model.num_classes:
-        raise ConfigError(
-            f"model.num_classes = {config.model.num_classes}: expected {source.num_classes}, "
-            f"as data.name = {config.data.name!r} has"
-        )
+    options.check_classes(config, source.num_classes)
     return source
 
 
 def _model(config: ConfigDict) -> nn.Module:
-    model = config.model
-    # Of some families only.
-    options = {"token_drop_rate": model.token_drop_rate, "freeze_statistics": model.freeze_statistics}
-    fields = get_variant(model.name).model
-    return create_model(
-        model.name,
-        num_classes=model.num_classes,
-        image_size=config.data.image_size,
-        drop_rate=model.drop_rate,
-        drop_path_rate=model.drop_path_rate,
-        remat=model.remat,
-        scan=model.scan,
-        dtype=jnp.dtype(model.dtype),
-        **{key: value for key, value in options.items() if hasattr(fields, key)},
-    )
+    fields = {field.name for field in dataclasses.fields(get_variant(config.model.name).model)}
+    return create_model(config.model.name, **options.model_options(config, fields))
 
 
 def _load_teacher(config: ConfigDict) -> tuple[nn.Module, dict]:

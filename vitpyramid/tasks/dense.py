@@ -1,13 +1,15 @@
 """What the tasks of dense prediction share: networks with heads, canvases of images, weights to start from."""
 
 import dataclasses
+import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
+from clu import metrics as clu_metrics
 from ml_collections import ConfigDict
 
 from vitpyramid.data import dense_pipeline
@@ -18,10 +20,11 @@ from vitpyramid.heads.network import DenseNetwork
 from vitpyramid.models.registry import get_variant
 from vitpyramid.models.registry import list_models as list_backbones
 from vitpyramid.models.stack import stack_blocks
+from vitpyramid.tasks import options
 from vitpyramid.tasks import prepare as on_device
 from vitpyramid.tasks.metrics import Metrics, Sum
 from vitpyramid.tasks.rules import SHARE, Rule, between, interval, one_of
-from vitpyramid.tasks.task import Batch, ConfigError, config_errors
+from vitpyramid.tasks.task import Batch, ConfigError, Task, config_errors
 from vitpyramid.weights import load_pretrained
 from vitpyramid.weights.dense_start import from_classifier
 
@@ -81,28 +84,11 @@ def check(config: ConfigDict) -> list[str]:
 
 def make_model(config: ConfigDict) -> DenseNetwork:
     """The network of a config."""
-    model = config.model
-    variant = registry.DENSE[model.name]
-    # Of some backbones or heads only.
-    options = {
-        "token_drop_rate": model.token_drop_rate,
-        "freeze_statistics": model.freeze_statistics,
-        "images_per_group": config.loss.images_per_group or None,
-    }
+    variant = registry.DENSE[config.model.name]
     fields = {field.name for field in dataclasses.fields(variant.network)}
     fields |= {field.name for field in dataclasses.fields(get_variant(backbone_name(config)).model)}
-    return registry.create_model(
-        model.name,
-        model.backbone or None,
-        num_classes=model.num_classes,
-        image_size=config.data.image_size,
-        drop_rate=model.drop_rate,
-        drop_path_rate=model.drop_path_rate,
-        remat=model.remat,
-        scan=model.scan,
-        dtype=jnp.dtype(model.dtype),
-        **{key: value for key, value in options.items() if key in fields},
-    )
+    made = options.model_options(config, fields, images_per_group=config.loss.images_per_group or None)
+    return registry.create_model(config.model.name, config.model.backbone or None, **made)
 
 
 def backbone_name(config: ConfigDict) -> str:
@@ -121,23 +107,8 @@ def open_split(config: ConfigDict, training: bool) -> Annotated:
     split = config.data.train_split if training else config.data.eval_split
     with config_errors():
         source = open_annotated(config.data, split, config.task, training)
-    if len(source.categories) != config.model.num_classes:
-        raise ConfigError(
-            f"model.num_classes = {config.model.num_classes}: expected {len(source.categories)}, as data.name = "
-            f"{config.data.name!r} has"
-        )
+    options.check_classes(config, len(source.categories))
     return source
-
-
-def with_classes(config: ConfigDict) -> ConfigDict:
-    """The config with as many classes as the data has, where it says 0."""
-    if config.model.num_classes:
-        return config
-    config = config.copy_and_resolve_references()
-    with config_errors():
-        split = config.data.eval_split
-        config.model.num_classes = len(open_annotated(config.data, split, config.task).categories)
-    return config
 
 
 def batch(
@@ -167,6 +138,67 @@ def batch(
     return {name: jax.ShapeDtypeStruct((rows, *shape), dtype) for name, (shape, dtype) in shapes.items()}
 
 
+def make_task(
+    make: Callable[[ConfigDict, DenseNetwork, Callable[[bool], Annotated]], dict], config: ConfigDict
+) -> Task:
+    """The task of a config that `train.config.validate` has accepted.
+
+    Args:
+      make: what is a task's own, by field of `Task`, and `targets`, `batch -> ` what is learned; from the config, the
+        network, and `training -> ` the source of that split.
+
+    Raises:
+      ConfigError: `model.num_classes` is 0 and the data cannot be opened. The task's functions that open files raise it
+        where the config does not fit them.
+    """
+    split = config.data.eval_split
+    config = options.with_classes(config, lambda: len(open_annotated(config.data, split, config.task).categories))
+    model = make_model(config)
+    open_source = functools.cache(functools.partial(open_split, config))
+    hosts = (jax.process_index(), jax.process_count())
+    own = make(config, model, open_source)
+    targets = own.pop("targets")
+
+    def train_batches(step: int):
+        with config_errors():
+            return dense_pipeline.make_train(config, open_source(True), step, *hosts)
+
+    def eval_batches():
+        with config_errors():
+            return dense_pipeline.make_eval(config, open_source(False), *hosts)
+
+    def prepare(key: jax.Array, batch: Batch, constants: dict) -> tuple[View, Batch]:
+        del key, constants
+        return prepare_eval(batch).replace(targets=targets(batch)), counted(batch)
+
+    def prepare_eval(batch: Batch) -> View:
+        return View(canvas(batch, config, model.dtype), batch["size"])
+
+    return Task(
+        config=config,
+        title=f"{config.model.name} on {config.data.name}",
+        unit="images",
+        model=model,
+        network=network(config),
+        num_examples=lambda: len(open_source(True)),
+        batch=functools.partial(batch, config, open_source),
+        train_batches=train_batches,
+        eval_batches=eval_batches,
+        prepare=prepare,
+        prepare_eval=prepare_eval,
+        loss=loss,
+        initial=lambda: load_initial(config, model),
+        **own,
+    )
+
+
+def loss(losses: Mapping[str, jax.Array], counted: Batch) -> tuple[jax.Array, Metrics]:
+    """The sum of a network's losses, each of them, and how many rows were `counted`."""
+    totals = {name: value.sum() for name, value in losses.items()}
+    metrics = {name: clu_metrics.Average.from_model_output(value) for name, value in totals.items()}
+    return sum(totals.values()), metrics | sums(counted)
+
+
 def counted(batch: Batch) -> Batch:
     """Of the rows of a batch what is counted in words: whether another image stands for one that cannot be read."""
     return {name: rows for name, rows in batch.items() if name == "skipped"}
@@ -179,8 +211,7 @@ def sums(counted: Batch) -> Metrics:
 
 def canvas(batch: Batch, config: ConfigDict, dtype) -> jax.Array:
     """Images of a batch as the network takes them: normalised, then zeros beyond their sizes."""
-    variant = get_variant(backbone_name(config))
-    mean, std = tuple(config.data.mean) or variant.mean, tuple(config.data.std) or variant.std
+    mean, std = options.channel_statistics(config, get_variant(backbone_name(config)))
     pixels = batch["image"] if config.data.channels == "rgb" else batch["image"][..., ::-1]
     height, width = pixels.shape[1:3]
     rows, columns = (side[:, None] for side in jnp.split(batch["size"], 2, axis=1))
@@ -214,11 +245,11 @@ def load_initial(config: ConfigDict, model: DenseNetwork) -> dict | None:
 
 def _classifier(config: ConfigDict, name: str) -> dict:
     """Variables of a backbone, with its last norm and head where the file has them."""
-    options = {"image_size": config.data.image_size, "seed": config.seed}
+    wanted = {"image_size": config.data.image_size, "seed": config.seed}
     try:
-        _, weights = load_pretrained(config.init, name, **options)
+        _, weights = load_pretrained(config.init, name, **wanted)
     except ValueError:
-        _, weights = load_pretrained(config.init, name, features_only=True, **options)
+        _, weights = load_pretrained(config.init, name, features_only=True, **wanted)
     if config.model.scan:
         weights = {**weights, "params": stack_blocks(weights["params"], get_variant(name).model.stages)}
     return weights

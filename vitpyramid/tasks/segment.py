@@ -11,16 +11,15 @@ import numpy as np
 from clu import metrics as clu_metrics
 from ml_collections import ConfigDict
 
-from vitpyramid.data import dense_pipeline
+from vitpyramid.data.annotated import Annotated
 from vitpyramid.data.annotations import label_map_of
 from vitpyramid.evals import segmentation
 from vitpyramid.heads.network import DenseNetwork
 from vitpyramid.heads.semantic_fpn import SemanticFPN
-from vitpyramid.tasks import dense
+from vitpyramid.tasks import dense, options
 from vitpyramid.tasks.dense import View
-from vitpyramid.tasks.detect import loss
 from vitpyramid.tasks.metrics import Metrics
-from vitpyramid.tasks.task import Batch, Task, config_errors
+from vitpyramid.tasks.task import Batch, Task
 
 BEST = "mIoU"
 RULES = {"model.name": dense.networks(SemanticFPN)}
@@ -37,31 +36,17 @@ def check(config: ConfigDict, evaluation: bool) -> list[str]:
 
 
 def make_task(config: ConfigDict) -> Task:
-    """The task of a config that `train.config.validate` has accepted. Raises as `detect.make_task`."""
-    config = dense.with_classes(config)
-    model = dense.make_model(config)
-    open_split = functools.cache(functools.partial(dense.open_split, config))
-    hosts = (jax.process_index(), jax.process_count())
+    """As `dense.make_task`."""
+    return dense.make_task(_own, config)
 
-    def train_batches(step: int):
-        with config_errors():
-            return dense_pipeline.make_train(config, open_split(True), step, *hosts)
 
-    def eval_batches():
-        with config_errors():
-            return dense_pipeline.make_eval(config, open_split(False), *hosts)
+def _own(config: ConfigDict, model: DenseNetwork, open_split: Callable[[bool], Annotated]) -> dict:
+    del model
 
     @functools.cache
     def largest() -> tuple[int, int]:
         height, width = open_split(False).sizes().max(axis=0).tolist()
         return -(-height // _ROWS) * _ROWS, width
-
-    def prepare(key: jax.Array, batch: Batch, constants: dict) -> tuple[View, Batch]:
-        del key, constants
-        return prepare_eval(batch).replace(targets=batch["label"]), dense.counted(batch)
-
-    def prepare_eval(batch: Batch) -> View:
-        return View(dense.canvas(batch, config, model.dtype), batch["size"])
 
     def measure(logits: jax.Array, batch: Batch) -> Metrics:
         sizes = batch["size"], batch["original_size"]
@@ -75,27 +60,15 @@ def make_task(config: ConfigDict) -> Task:
     def names() -> tuple[str, ...]:
         return open_split(False).categories
 
-    return Task(
-        config=config,
-        title=f"{config.model.name} on {config.data.name}",
-        unit="images",
-        model=model,
-        network=dense.network(config),
-        num_examples=lambda: len(open_split(True)),
-        batch=functools.partial(dense.batch, config, open_split),
-        train_batches=train_batches,
-        eval_batches=eval_batches,
-        prepare=prepare,
-        prepare_eval=prepare_eval,
-        call=call,
-        loss=loss,
-        measure=measure,
-        words=words,
-        files=lambda metrics: {"classes.txt": metrics["found"].table()},
-        best=BEST,
-        about=lambda: {"classes": list(names())},
-        initial=lambda: dense.load_initial(config, model),
-    )
+    return {
+        "targets": lambda batch: batch["label"],
+        "call": call,
+        "measure": measure,
+        "words": words,
+        "files": lambda metrics: {"classes.txt": metrics["found"].table()},
+        "best": BEST,
+        "about": lambda: {"classes": list(names())},
+    }
 
 
 def call(network: DenseNetwork, x: View, train: bool = False) -> dict[str, jax.Array] | jax.Array:
@@ -206,6 +179,4 @@ def words(values: Mapping[str, float]) -> str:
     text = [f"{name} {value:.4f}" for name, value in values.items() if name == "loss"]
     kinds = ("mIoU", "mAcc", "aAcc")
     text += [f"{name} {100 * value:.2f}" for name, value in values.items() if name.endswith(kinds)]
-    if values.get("skipped"):
-        text.append(f"{values['skipped']:.0f} images skipped")
-    return "  ".join(text)
+    return "  ".join([*text, *options.skipped(values)])

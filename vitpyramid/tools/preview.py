@@ -14,8 +14,9 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw
 
+from vitpyramid.models.registry import get_variant
 from vitpyramid.tasks import ConfigError, Task, make_task
-from vitpyramid.tasks.classify import channel_statistics
+from vitpyramid.tasks.options import channel_statistics
 from vitpyramid.tools import config_args
 from vitpyramid.tools.classes import saved_names
 from vitpyramid.train.rng import named_key
@@ -59,7 +60,8 @@ def training_images(task: Task) -> tuple[np.ndarray, list[str]]:
     batches.close()
     key = jax.random.fold_in(named_key(task.config.seed, "mix"), 0)
     images, targets = jax.jit(task.prepare)(key, batch, {})
-    mean, std = (np.asarray(values) for values in channel_statistics(task.config))
+    variant = get_variant(task.config.model.name)
+    mean, std = (np.asarray(values) for values in channel_statistics(task.config, variant))
     pixels = np.rint(255 * (np.asarray(images) * std + mean))
     names = saved_names({"about": task.about()})
     return pixels.clip(0, 255).astype(np.uint8), [caption(target, names) for target in np.asarray(targets["mixed"])]
