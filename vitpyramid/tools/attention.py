@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from vitpyramid.evals.attention import AttentionMap, attention_maps, query_map, rollout, statistics
 from vitpyramid.tools import chart
-from vitpyramid.tools.network import Network, add_arguments, open_network, read_images, run
+from vitpyramid.tools.arguments import add_images, add_picture, add_weights, run
+from vitpyramid.tools.network import Network, open_network, read_images
 from vitpyramid.tools.preview import sheet, stack
 
 
@@ -153,7 +154,9 @@ def place(text: str) -> tuple[float, float]:
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit code."""
     parser = argparse.ArgumentParser("python -m vitpyramid.tools.attention", description=__doc__.splitlines()[0])
-    add_arguments(parser, "attention.png")
+    add_images(parser)
+    add_weights(parser)
+    add_picture(parser, "attention.png")
     parser.add_argument("--point", type=place, help="Y,X of the token whose attention is shown, between 0 and 1")
     parser.add_argument("--layer", help="show the heads of this one")
     return run(parser, argv, command)

@@ -25,10 +25,9 @@ from vitpyramid.files import write_atomically
 from vitpyramid.models.backbone import Variant
 from vitpyramid.models.registry import get_variant
 from vitpyramid.tasks.prepare import normalise
-from vitpyramid.tools.arguments import at_least
+from vitpyramid.tools.arguments import add_network, at_least, run
 from vitpyramid.tools.predict import name_of
 from vitpyramid.tools.preprocess import evaluation_of
-from vitpyramid.tools.summary import image_size
 from vitpyramid.weights import load_pretrained
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -118,13 +117,28 @@ def _difference(content: bytes, function: jax.stages.Wrapped, shape: jax.ShapeDt
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
+def _command(args: argparse.Namespace) -> None:
+    start = time.perf_counter()
+    if not args.out.parent.is_dir():
+        raise FileNotFoundError(f"--out={args.out}: there is no folder {args.out.parent}")
+    model, variables = load_pretrained(args.checkpoint, args.model)
+    name = name_of(model)
+    pixels = evaluation_of(args.checkpoint, get_variant(name)) if args.pixels else None
+    model = model.clone(dtype=jnp.dtype(args.dtype))
+    done = export(model, variables, args.out, args.batch, args.size, args.platforms, pixels)
+    rows = "any number of" if done.batch is None else str(done.batch)
+    kind, where = "uint8 pixels" if pixels else "normalised float32", ", ".join(done.platforms)
+    print(f"wrote {args.out}: {name} for {rows} images of {done.height} x {done.width}, {kind}, on {where}")
+    checked = "not run here" if done.difference is None else f"read back, logits differ by {done.difference:.1e}"
+    print(f"{done.bytes / 1e6:.1f} MB, {checked}; {time.perf_counter() - start:.1f} s")
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit code."""
     parser = argparse.ArgumentParser("python -m vitpyramid.tools.export", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", help="converted folder, work directory, PyTorch file, gs://..., hf://owner/repo")
     parser.add_argument("--out", required=True, type=Path, help="the file")
     parser.add_argument("--batch", type=at_least(1), help="images at once; default: any number")
-    parser.add_argument("--size", type=image_size, help="HEIGHTxWIDTH or SIDE of the images; default: the model's own")
     parser.add_argument(
         "--platforms",
         type=lambda text: tuple(text.split(",")),
@@ -135,29 +149,8 @@ def main(argv: list[str] | None = None) -> int:
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of activations and products"
     )
     parser.add_argument("--pixels", action="store_true", help="take uint8 pixels, and normalise them in the file")
-    parser.add_argument("--model", help="name of the network; recognised by the weights if left out")
-    try:
-        args = parser.parse_args(argv)
-    except SystemExit as stop:  # argparse's own code for wrong arguments is 2
-        return 1 if stop.code else 0
-    start = time.perf_counter()
-    try:
-        if not args.out.parent.is_dir():
-            raise FileNotFoundError(f"--out={args.out}: there is no folder {args.out.parent}")
-        model, variables = load_pretrained(args.checkpoint, args.model)
-        name = name_of(model)
-        pixels = evaluation_of(args.checkpoint, get_variant(name)) if args.pixels else None
-        model = model.clone(dtype=jnp.dtype(args.dtype))
-        done = export(model, variables, args.out, args.batch, args.size, args.platforms, pixels)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    rows = "any number of" if done.batch is None else str(done.batch)
-    kind, where = "uint8 pixels" if pixels else "normalised float32", ", ".join(done.platforms)
-    print(f"wrote {args.out}: {name} for {rows} images of {done.height} x {done.width}, {kind}, on {where}")
-    checked = "not run here" if done.difference is None else f"read back, logits differ by {done.difference:.1e}"
-    print(f"{done.bytes / 1e6:.1f} MB, {checked}; {time.perf_counter() - start:.1f} s")
-    return 0
+    add_network(parser)
+    return run(parser, argv, _command)
 
 
 if __name__ == "__main__":

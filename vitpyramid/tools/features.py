@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from vitpyramid.models.backbone import Backbone, Level
 from vitpyramid.tools import chart
-from vitpyramid.tools.arguments import at_least
-from vitpyramid.tools.network import Network, add_arguments, open_network, read_images, run
+from vitpyramid.tools.arguments import add_images, add_picture, add_weights, at_least, run
+from vitpyramid.tools.network import Network, open_network, read_images
 from vitpyramid.tools.preview import sheet
 
 
@@ -125,7 +125,9 @@ def command(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit code."""
     parser = argparse.ArgumentParser("python -m vitpyramid.tools.features", description=__doc__.splitlines()[0])
-    add_arguments(parser, "features.png")
+    add_images(parser)
+    add_weights(parser)
+    add_picture(parser, "features.png")
     parser.add_argument("--channels", type=at_least(1), default=4, help="channels of each level shown; default: 4")
     return run(parser, argv, command)
 

@@ -1,9 +1,7 @@
 """A network with its weights, and the images that it is looked at with: what several tools begin with."""
 
-import argparse
 import dataclasses
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -15,7 +13,6 @@ from vitpyramid.models.registry import get_variant
 from vitpyramid.tasks.prepare import normalise
 from vitpyramid.tools.predict import find_images, name_of
 from vitpyramid.tools.preprocess import evaluation_of, read_image
-from vitpyramid.tools.summary import image_size
 from vitpyramid.weights import load_pretrained
 
 
@@ -72,43 +69,3 @@ def read_images(network: Network, names: list[str]) -> tuple[list[Path], np.ndar
     if not readable:
         raise ValueError(f"{', '.join(names)}: no image could be read")
     return readable, np.stack([images[path] for path in readable])
-
-
-def add_arguments(parser: argparse.ArgumentParser, out: str) -> None:
-    """The arguments that say which images and which network, and `--out`, the picture."""
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="file, or folder with images at any depth")
-    add_weights_arguments(parser, out)
-
-
-def add_weights_arguments(parser: argparse.ArgumentParser, out: str) -> None:
-    """Those without the images."""
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        help="converted folder, work directory, PyTorch file, gs://..., hf://owner/repo, https://...",
-    )
-    parser.add_argument("--model", help="name of the network; recognised by the weights if left out")
-    parser.add_argument("--size", type=image_size, help="HEIGHTxWIDTH or SIDE of the images; default: the model's own")
-    parser.add_argument("--out", type=picture, default=Path(out), help=f"the picture, beside it .json; default: {out}")
-
-
-def picture(text: str) -> Path:
-    """A type for `argparse`: a `.png` in a folder that exists."""
-    path = Path(text)
-    if path.suffix != ".png" or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r}: expected the name of a .png in a folder that exists")
-    return path
-
-
-def run(parser: argparse.ArgumentParser, argv: list[str] | None, command: Callable[[argparse.Namespace], None]) -> int:
-    """Parses and runs; returns the exit code: 1 for what cannot be done, in a line."""
-    try:
-        args = parser.parse_args(argv)
-    except SystemExit as stop:  # argparse's own code for wrong arguments is 2
-        return 1 if stop.code else 0
-    try:
-        command(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0

@@ -28,10 +28,10 @@ from vitpyramid.data.folder import EXTENSIONS
 from vitpyramid.models.backbone import Variant
 from vitpyramid.models.registry import create_model, get_variant, list_models
 from vitpyramid.tasks.prepare import normalise
-from vitpyramid.tools.arguments import at_least
+from vitpyramid.tools import arguments
+from vitpyramid.tools.arguments import add_images, add_weights, at_least
 from vitpyramid.tools.classes import names_in, names_of
 from vitpyramid.tools.preprocess import evaluation_of, read_image
-from vitpyramid.tools.summary import image_size
 from vitpyramid.weights import load_pretrained
 
 
@@ -169,6 +169,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
       ValueError, OSError: weights, names of classes or size that cannot be used.
     """
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     paths, problems = find_images(args.images)
     for path, problem in problems.items():
         print(f"skipped {path}: {problem}", file=sys.stderr)
@@ -201,14 +202,8 @@ def run(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit code."""
     parser = argparse.ArgumentParser("python -m vitpyramid.tools.predict", description=__doc__.splitlines()[0])
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="file, or folder with images at any depth")
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        help="converted folder, work directory, PyTorch file, gs://..., hf://owner/repo, https://...",
-    )
-    parser.add_argument("--model", help="name of the network; recognised by the weights if left out")
-    parser.add_argument("--size", type=image_size, help="HEIGHTxWIDTH or SIDE of the images; default: the model's own")
+    add_images(parser)
+    add_weights(parser)
     parser.add_argument("--top", type=at_least(1), default=5, help="classes of an image; default: 5")
     parser.add_argument("--batch", type=at_least(1), default=16, help="images at a time; default: 16")
     parser.add_argument(
@@ -217,16 +212,7 @@ def main(argv: list[str] | None = None) -> int:
         help="file with the names of the classes, one a line; default: as the run's data have them",
     )
     parser.add_argument("--json", action="store_true", help="one line of JSON an image")
-    try:
-        args = parser.parse_args(argv)
-    except SystemExit as stop:  # argparse's own code for wrong arguments is 2
-        return 1 if stop.code else 0
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
-    try:
-        return run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return arguments.run(parser, argv, run)
 
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ from vitpyramid.data.folder import FolderRecords
 from vitpyramid.evals import attacks, corruptions, imagenet, occlusion
 from vitpyramid.tasks.prepare import normalise
 from vitpyramid.tools import chart
-from vitpyramid.tools.arguments import at_least
-from vitpyramid.tools.network import Network, add_weights_arguments, open_network, run
+from vitpyramid.tools.arguments import add_picture, add_weights, at_least, run
+from vitpyramid.tools.network import Network, open_network
 from vitpyramid.tools.preview import sheet, stack
 from vitpyramid.train.config import reference
 
@@ -378,7 +378,8 @@ def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit code."""
     default = Settings()
     parser = argparse.ArgumentParser("python -m vitpyramid.tools.robustness", description=__doc__.splitlines()[0])
-    add_weights_arguments(parser, "robustness.png")
+    add_weights(parser)
+    add_picture(parser, "robustness.png")
     parser.add_argument("--data", required=True, help="folder, or name of a TFDS data set")
     parser.add_argument("--split", default="", help="of the data set, or folder in --data; default: test, or none")
     parser.add_argument("--data-dir", default="", help="where TFDS data sets are, if not in their usual place")
