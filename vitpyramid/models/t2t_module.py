@@ -14,8 +14,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vitpyramid.models import forms
+from vitpyramid.models import forms, token_forms
 from vitpyramid.models.attention import attend
+from vitpyramid.models.forms import written
 from vitpyramid.models.layers import (
     LayerNorm,
     Mlp,
@@ -170,11 +171,11 @@ class TokenPerformer(nn.Module):
         if self.is_mutable_collection("intermediates"):
             self.sow("intermediates", "kernel_attention", performer_weights(query, key, w))
         y = performer_attention(query, key, value, w).astype(self.dtype)
-        y = linear(TOKEN_DIM, self.dtype, "proj")(y)
+        y = written(linear(TOKEN_DIM, self.dtype, "proj")(y))
         x = value + nn.Dropout(self.drop_rate, deterministic=False)(y)
         y = LayerNorm(1e-5, self.dtype, name="norm2")(x)
-        y = nn.gelu(linear(TOKEN_DIM, self.dtype, "mlp_0")(y), approximate=False)
-        y = linear(TOKEN_DIM, self.dtype, "mlp_2")(y)
+        y = token_forms.gelu(linear(TOKEN_DIM, self.dtype, "mlp_0")(y))
+        y = written(linear(TOKEN_DIM, self.dtype, "mlp_2")(y))
         return x + nn.Dropout(self.drop_rate, deterministic=False)(y)
 
     @nn.nowrap
