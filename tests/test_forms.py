@@ -21,6 +21,20 @@ CASES = (
         for shape, times in [((2, 9, 6, 4), 2), ((1, 1, 2, 3), 2), ((2, 8, 7, 5), 3)]
     }
     | {
+        "product": (
+            lambda x, kernel, dtype: jnp.dot(x, kernel),
+            lambda x, kernel, dtype: forms.product_of_rows(x, kernel),
+            ((2, 5, 3), (3, 7)),
+        )
+    }
+    | {
+        "depthwise": (
+            forms.depthwise_convolution_tpu,
+            forms.shifted_products,
+            ((2, 5, 7, 3), (3, 3, 1, 3), (3,)),
+        )
+    }
+    | {
         f"reduction {shape} / {sr}": (
             forms.reducing_convolution_tpu,
             forms.reducing_products,
@@ -47,14 +61,14 @@ CASES = (
     | {
         "gelu": (
             lambda x, dtype: token_forms.gelu_with_slope(x),
-            lambda x, dtype: token_forms.gelu_erfc(x),
+            lambda x, dtype: token_forms.gelu_erf(x),
             ((3, 5, 7),),
         )
     }
     | {
         f"attention {query} of {keys}": (
             lambda *inputs, dtype: token_forms.attention_tpu(*inputs, 0.7),
-            lambda *inputs, dtype: token_forms.attention_products(*inputs, 0.7),
+            lambda *inputs, dtype: token_forms.attention_in_pieces(*inputs, 0.7, entries=80),
             (query, keys, keys),
         )
         for query, keys in [((2, 7, 3, 4), (2, 5, 3, 4)), ((1, 1, 1, 8), (1, 9, 1, 8))]
@@ -131,8 +145,9 @@ def test_gelu_with_its_slope_loses_no_more():
         return [np.float64(array) for array in (out, *backward(jnp.ones_like(out)))]
 
     with jax.enable_x64(True):
-        exact = both(token_forms.gelu_erfc, x.astype(jnp.float64))
-    found = zip(*(both(form, x) for form in (token_forms.gelu_with_slope, token_forms.gelu_erfc)), exact, strict=True)
+        exact = both(token_forms.gelu_erf, x.astype(jnp.float64))
+    jax_gelu = functools.partial(jax.nn.gelu, approximate=False)
+    found = zip(*(both(form, x) for form in (token_forms.gelu_with_slope, jax_gelu)), exact, strict=True)
     for ours, erfc, exact in found:
         assert np.linalg.norm(ours - exact) < 0.95 * np.linalg.norm(erfc - exact)
 

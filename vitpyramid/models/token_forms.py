@@ -121,10 +121,10 @@ gelu_with_slope.defvjp(_value_and_slope, lambda slope, cotangent: (cotangent * s
 def attention(query: jax.Array, key: jax.Array, value: jax.Array, scale: float) -> jax.Array:
     """`softmax(scale * query key^T) value` for each head, the softmax in at least float32.
 
-    The backward pass computes the weights `[N, M]` again, and divides by their sums what has `d` columns instead: to
-    store them takes longer on a CPU. A TPU spends most of it on moving weights, not on products. Its form keeps them for the backward pass once,
-    in the dtype of `value` in which they were multiplied, and takes the sums that the softmax's gradient needs over
-    `d` instead of over keys.
+    The backward pass computes the weights `[N, M]` again: on a CPU to store them takes longer. What is divided by their
+    sums has `d` columns, not `M`. A TPU spends most of it on moving weights, not on products. Its form keeps them for
+    the backward pass once, in the dtype of `value` in which they were multiplied, and takes the sums that the softmax's
+    gradient needs over `d` instead of over keys.
 
     Args:
       query: `[B, N, heads, d]`.
@@ -133,7 +133,7 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, scale: float) 
     Returns:
       `[B, N, heads, d]` in the dtype of `value`.
     """
-    return by_device(attention_tpu, attention_products, query, key, value, scale=scale)
+    return by_device(attention_tpu, attention_in_pieces, query, key, value, scale=scale)
 
 
 def attention_weights(query: jax.Array, key: jax.Array, scale: float) -> jax.Array:
@@ -144,6 +144,18 @@ def attention_weights(query: jax.Array, key: jax.Array, scale: float) -> jax.Arr
 def scaled_logits(query, key, scale) -> jax.Array:
     """`scale * query key^T` for each head, `[B, heads, N, M]`, at least float32."""
     return jnp.einsum("bnhd,bmhd->bhnm", query, key, preferred_element_type=at_least_float32(query.dtype)) * scale
+
+
+def attention_in_pieces(query, key, value, scale, entries=2**22):
+    """`attention_products` of up to eight pieces of the queries, for maps of more than `entries`.
+
+    XLA on CPU writes several arrays of a map's size. Above 32 MiB each is memory new from the system, and to get that
+    takes longer than to fill it.
+    """
+    (b, n, heads, _), m = query.shape, key.shape[1]
+    rows = -(-n // min(8, -(-b * heads * n * m // entries)))
+    pieces = [attention_products(query[:, i : i + rows], key, value, scale) for i in range(0, n, rows)]
+    return jnp.concatenate(pieces, axis=1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
