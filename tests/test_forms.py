@@ -28,6 +28,13 @@ CASES = (
         )
     }
     | {
+        "convolution": (
+            lambda x, kernel, dtype: forms.convolve(x, kernel, (2, 1), ((1, 2), (0, 1))),
+            lambda x, kernel, dtype: forms.convolution_of_places(x, kernel, (2, 1), ((1, 2), (0, 1))),
+            ((2, 6, 5, 3), (3, 2, 3, 4)),
+        )
+    }
+    | {
         "depthwise": (
             forms.depthwise_convolution_tpu,
             forms.shifted_products,

@@ -105,6 +105,41 @@ def widening_convolution_tpu(x, kernel, bias, dtype):
     return convolve(x, kernel, (2, 2), [(1, 1)] * 2) + bias
 
 
+def convolution(x: jax.Array, kernel: jax.Array, strides: tuple, pads: tuple) -> jax.Array:
+    """`[B, H, W, C]` and `[p, q, C, features]` -> `[B, h, w, features]`, padded by `pads`, no less than 0.
+
+    The gradient of the kernel is one matrix product for each of its places: XLA on CPU takes a convolution with windows
+    as large as the map, on one core.
+    """
+    strides, pads = tuple(strides), tuple(map(tuple, pads))
+    return by_device(convolve, convolution_of_places, x, kernel, window_strides=strides, padding=pads)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def convolution_of_places(x, kernel, window_strides, padding):
+    return convolve(x, kernel, window_strides, padding)
+
+
+def _convolution_backward(strides, pads, stored, cotangent):
+    x, kernel = stored
+    _, backward = jax.vjp(lambda x: convolve(x, kernel, strides, pads), x)
+    (rows, columns), (_, h, w, features) = strides, cotangent.shape
+    padded = jnp.pad(x, [(0, 0), *pads, (0, 0)])
+    of_rows = cotangent.reshape(-1, features)
+
+    def place(i, j):
+        window = padded[:, i : i + rows * (h - 1) + 1 : rows, j : j + columns * (w - 1) + 1 : columns]
+        return window.reshape(len(of_rows), -1).T @ of_rows
+
+    places = [place(i, j) for i in range(kernel.shape[0]) for j in range(kernel.shape[1])]
+    return *backward(cotangent), jnp.stack(places).reshape(kernel.shape)
+
+
+convolution_of_places.defvjp(
+    lambda x, kernel, *options: (convolve(x, kernel, *options), (x, kernel)), _convolution_backward
+)
+
+
 def depthwise_convolution(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype) -> jax.Array:
     """Depthwise 3 x 3 convolution of stride 1, padded by 1.
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitpyramid.models.forms import at_least_float32, by_device, convolve
+from vitpyramid.models.forms import at_least_float32, by_device, convolution
 from vitpyramid.models.token_forms import scaled_logits
 
 Pair = tuple[int, int]
@@ -113,7 +113,7 @@ def folded_convolution(x: jax.Array, kernel: jax.Array, stride: int, fold: Pair,
         kernel = jnp.dot(both.astype(kernel.dtype), kernel.reshape(9, -1), precision="highest")
         shape = (len(rows), len(columns), math.prod(fold), math.prod(out_fold), *channels)
         kernel = kernel.reshape(shape).swapaxes(3, 4).reshape(*shape[:2], x.shape[-1], -1)
-    return convolve(x, kernel.astype(x.dtype), strides, pads)
+    return convolution(x, kernel.astype(x.dtype), strides, pads)
 
 
 def mixed_weights(query, key, mixing, bias) -> jax.Array:

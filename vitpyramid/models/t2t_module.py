@@ -88,9 +88,7 @@ class SplitProject(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         kernel = kernel.reshape(dim, window, window, -1).transpose(1, 2, 0, 3)  # [ky, kx, c, features]
-        return bias + jax.lax.conv_general_dilated(
-            x, kernel, (stride, stride), [(padding, padding)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
+        return bias + forms.convolution(x, kernel, (stride, stride), [(padding, padding)] * 2)
 
 
 def performer_attention(query: jax.Array, key: jax.Array, value: jax.Array, w: jax.Array) -> jax.Array:
