@@ -127,6 +127,12 @@ def test_the_form_follows_from_the_device(platform):
     )
 
 
+@pytest.mark.parametrize("platform, barriers", [("tpu", 0), ("cpu", 2), ("cuda", 0)])
+def test_a_cpu_writes_a_sum_and_its_cotangent(platform, barriers):
+    traced = jax.jit(jax.grad(lambda x: jnp.square(forms.written(x)).sum())).trace(jnp.ones(3))
+    assert traced.lower(lowering_platforms=(platform,)).as_text().count("optimization_barrier") == barriers
+
+
 @pytest.mark.parametrize("level", [0.0, 30.0])
 def test_a_row_far_from_zero_is_normed_in_one_pass(level):
     """Against float64: no more is lost than in two passes, where the sums of `x` and its square would lose all."""
