@@ -111,8 +111,9 @@ def convolution(x: jax.Array, kernel: jax.Array, strides: tuple, pads: tuple) ->
     The gradient of the kernel is one matrix product for each of its places: XLA on CPU takes a convolution with windows
     as large as the map, on one core.
     """
-    strides, pads = tuple(strides), tuple(map(tuple, pads))
-    return by_device(convolve, convolution_of_places, x, kernel, window_strides=strides, padding=pads)
+    options = {"window_strides": tuple(strides), "padding": tuple(map(tuple, pads))}
+    cpu, default = (functools.partial(form, **options) for form in (convolution_of_places, convolve))
+    return jax.lax.platform_dependent(x, kernel, cpu=cpu, default=default)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
