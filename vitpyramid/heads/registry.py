@@ -104,7 +104,7 @@ def create_model(name: str, backbone: str | Backbone | None = None, **overrides)
 
     Args:
       name: one of `list_models()`.
-      backbone: of a network for dense prediction, what its heads stand on: a name, or a module; None: its own.
+      backbone: of a network for dense prediction, what its heads stand on: a name, or a module; None or "": its own.
       **overrides: fields of the family's module to change, e.g. `num_classes`, `dtype`, `drop_path_rate`, `image_size`.
         Of a network for dense prediction: fields of the heads' module, and of the backbone's where the heads have no
         such field; `dtype` goes to both.
@@ -121,7 +121,7 @@ def create_model(name: str, backbone: str | Backbone | None = None, **overrides)
     if name not in _known():
         raise ValueError(f"unknown model {name!r}; {registry.suggestion(str(name), _known())}")
     if name not in DENSE:
-        if backbone is not None:
+        if backbone:
             raise TypeError(f"{name} has no option 'backbone'")
         return registry.create_model(name, **overrides)
     variant = DENSE[name]
@@ -129,7 +129,7 @@ def create_model(name: str, backbone: str | Backbone | None = None, **overrides)
     of_heads = {f.name for f in dataclasses.fields(variant.network)} - {"name", "parent", "backbone", "levels"}
     heads = {key: value for key, value in options.items() if key in of_heads}
     below = {key: value for key, value in options.items() if key not in of_heads or key == "dtype"}
-    if backbone is not None and "drop_path_rate" not in overrides:
+    if backbone and "drop_path_rate" not in overrides:
         below.pop("drop_path_rate", None)
     if not isinstance(backbone, Backbone):
         backbone = registry.create_model(backbone or variant.backbone)

@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vitpyramid.heads.registry import DENSE, create_model
 from vitpyramid.models.registry import VARIANTS
+from vitpyramid.weights import dense_names
 from vitpyramid.weights.names import LISTED, torch_name
 from vitpyramid.weights.pickles import brief
 
@@ -145,7 +147,7 @@ class Contents(NamedTuple):
       container: where the state dict lay, e.g. "state_dict_ema", "the file itself".
       prefix: what was before the names.
       names: of a `Dialect`.
-      ignored: keys of the file that are no parameters of a backbone.
+      ignored: keys of the file that are no parameters, or none of a backbone.
     """
 
     state_dict: StateDict
@@ -156,18 +158,21 @@ class Contents(NamedTuple):
     ignored: list[str]
 
 
-def open_contents(content: Any, weights: str = "auto") -> Contents:
+def open_contents(content: Any, weights: str = "auto", name: str | None = None) -> Contents:
     """Finds the state dict in what a checkpoint file holds and gives it the papers' names.
 
     Args:
       content: what `read_torch_file` returns.
       weights: "ema" or "raw" of a training state; "auto" takes `state_dict_ema` where there is one, which is what
         T2T-ViT's authors release, else the raw weights.
+      name: of a network for dense prediction, for all of a detector; else what is taken of one is the backbone.
 
     Raises:
       ValueError: no state dict in it, or not the one asked for, or several; the message lists what there is.
     """
-    container, found = unwrap(content, weights)
+    container, found = _unwrap(content, weights)
+    if name in DENSE:
+        return _open_dense(container, found, name)
     dialect, prefix = _dialect(found)
     origin, state_dict, ignored = {}, {}, []
     for key, array in found.items():
@@ -190,7 +195,23 @@ def open_contents(content: Any, weights: str = "auto") -> Contents:
     return Contents(state_dict, origin, container, prefix, dialect.names, ignored)
 
 
-def unwrap(content: Any, weights: str) -> tuple[str, Mapping[str, Any]]:
+def _open_dense(container: str, found: Mapping[str, Any], network: str) -> Contents:
+    """All of a network for dense prediction, in the names of its library."""
+    model = create_model(network)
+    anchor = dense_names.class_key(model)
+    prefixes = [key.removesuffix(anchor) for key in found if key == anchor or key.endswith(f".{anchor}")]
+    prefix = min(prefixes, key=len, default="")
+    state_dict, ignored = {}, []
+    for key, array in found.items():
+        name = key.removeprefix(prefix)
+        if key.startswith(prefix) and not dense_names.IGNORED.search(name) and isinstance(array, np.ndarray):
+            state_dict[name] = array
+        else:
+            ignored.append(key)
+    return Contents(state_dict, {key: prefix + key for key in state_dict}, container, prefix, model.library, ignored)
+
+
+def _unwrap(content: Any, weights: str) -> tuple[str, Mapping[str, Any]]:
     """Where the state dict lies in a checkpoint, and the state dict; arguments and errors as of `open_contents`."""
     if not isinstance(content, Mapping):
         raise ValueError(f"expected a state dict or a training state, the file holds a {type(content).__name__}")
