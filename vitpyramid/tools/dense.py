@@ -190,10 +190,10 @@ _class_maps = jax.jit(segment.class_maps, static_argnums=(3, 4))
 
 def picture(seen: Seen, names: Sequence[str]) -> Image.Image:
     """The image, enlarged if it is small, with boxes, names, scores and masks on it, or with its classes' colours."""
-    image, factor = draw.enlarged(seen.image, _LEAST)
+    image, factor = draw.scaled(seen.image, _LEAST)
     if seen.label_map is not None:
         labels = [label for label, _ in _shares(seen.label_map)]
-        painted = draw.label_map_on(image, seen.label_map, factor)
+        painted = draw.label_map_on(image, seen.label_map)
         return draw.with_legend(painted, labels, [names[label] for label in labels])
     worst_first = seen.results[::-1]
     corners = np.array([result["bbox"] for result in worst_first], float).reshape(-1, 4)

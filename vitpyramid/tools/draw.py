@@ -1,5 +1,6 @@
 """Boxes with names, masks and label maps on images."""
 
+import colorsys
 import functools
 import math
 from collections.abc import Sequence
@@ -14,10 +15,10 @@ _SEEN_THROUGH = 0.5  # share of the image where a mask or a class lies on it
 
 @functools.cache
 def palette() -> np.ndarray:
-    """Colours of 256 numbers, uint8 `[256, 3]`: PASCAL VOC's, in which neighbours differ most and 0 is black."""
-    numbers, bits = np.arange(256), np.arange(8)
-    channels = [((numbers[:, None] >> (3 * bits + channel)) & 1) << (7 - bits) for channel in range(3)]
-    return np.stack([channel.sum(axis=1) for channel in channels], axis=1).astype(np.uint8)
+    """Colours of 256 classes, uint8 `[256, 3]`: 0 is black, the others have hues in steps of the golden section."""
+    hues = (number * 0.618034 % 1 for number in range(1, 256))
+    colours = [colorsys.hsv_to_rgb(hue, 1 - 0.4 * (i % 2), 1 - 0.3 * (i // 2 % 2)) for i, hue in enumerate(hues)]
+    return np.rint(255 * np.array([(0.0, 0.0, 0.0), *colours])).astype(np.uint8)
 
 
 def label_image(label_map: np.ndarray) -> Image.Image:
@@ -27,10 +28,14 @@ def label_image(label_map: np.ndarray) -> Image.Image:
     return image
 
 
-def enlarged(image: Image.Image, least: int) -> tuple[Image.Image, int]:
-    """An image whose shorter side has at least so many pixels, and the whole factor that it was enlarged by."""
+def scaled(image: Image.Image, least: int, most: int = 2**31) -> tuple[Image.Image, float]:
+    """An image enlarged by a whole factor, so that its shorter side has `least` pixels or more, or reduced, so that its
+    longer one has `most`; and the factor."""
     factor = max(1, math.ceil(least / min(image.size)))
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST), factor
+    if factor == 1 and max(image.size) > most:
+        factor = most / max(image.size)
+    size = tuple(max(1, round(side * factor)) for side in image.size)
+    return image.resize(size, Image.Resampling.NEAREST if factor >= 1 else Image.Resampling.BOX), factor
 
 
 def objects(
@@ -38,51 +43,54 @@ def objects(
     boxes: np.ndarray,
     labels: Sequence[int],
     captions: Sequence[str],
-    masks: Sequence[np.ndarray] | None = None,
-    factor: int = 1,
+    masks: Sequence[np.ndarray] = (),
+    factor: float = 1,
 ) -> Image.Image:
     """A copy of an image with boxes on it, each with a caption, in its class's colour; the last ones lie on top.
 
     Args:
-      boxes: `[n, 4]`, x1 y1 x2 y2, in pixels of the image before it was enlarged by `factor`.
+      boxes: `[n, 4]`, x1 y1 x2 y2, in pixels of the image before it was scaled by `factor`.
       labels: classes from 0.
-      masks: bool `[h, w]` of each, of the image before it was enlarged.
+      masks: bool `[h, w]` of each box, or none, of the image before it was scaled.
     """
     colours = palette()[1 + np.asarray(labels, int) % 255]
-    pixels = np.asarray(image).copy()
-    for mask, colour in zip(masks if masks is not None else (), colours, strict=False):
-        where = mask.repeat(factor, axis=0).repeat(factor, axis=1)
+    pixels = np.array(image)
+    for mask, colour in zip(masks, colours, strict=False):
+        where = _as_large(mask, image)
         pixels[where] = _SEEN_THROUGH * pixels[where] + (1 - _SEEN_THROUGH) * colour
     image = Image.fromarray(pixels)
     draw, font = ImageDraw.Draw(image), _font(image.size)
     width = max(1, round(min(image.size) / 300))
-    for box, colour in zip(np.asarray(boxes, float).reshape(-1, 4) * factor, colours, strict=True):
+    boxes = np.asarray(boxes, float).reshape(-1, 4) * factor
+    for box, colour in zip(boxes, colours, strict=True):
         draw.rectangle((*box[:2], *np.maximum(box[2:] - 1, box[:2])), outline=tuple(colour.tolist()), width=width)
-    for box, colour, caption in zip(np.asarray(boxes, float).reshape(-1, 4) * factor, colours, captions, strict=True):
+    for (x, y, *_), colour, caption in zip(boxes, colours, map(printable, captions), strict=True):
         # Above the box, or inside of it where there is no room.
-        edge = font.getbbox(printable(caption))
-        tall = edge[3] + 2
-        left, top = min(box[0], max(image.width - edge[2] - 4, 0)), box[1] - tall if box[1] >= tall else box[1]
-        draw.rectangle((left, top, left + edge[2] + 4, top + tall), fill=tuple(colour.tolist()))
-        draw.text((left + 2, top), printable(caption), _readable(colour), font)
+        wide, tall = font.getlength(caption) + 4, _line(font)
+        left, top = min(x, max(image.width - wide, 0)), y - tall if y >= tall else y
+        draw.rectangle((left, top, left + wide, top + tall), fill=tuple(colour.tolist()))
+        draw.text((left + 2, top), caption, _readable(colour), font)
     return image
 
 
-def label_map_on(image: Image.Image, label_map: np.ndarray, factor: int = 1) -> Image.Image:
+def label_map_on(image: Image.Image, label_map: np.ndarray) -> Image.Image:
     """A copy of an image in the colours of its classes, uint8 `[h, w]`; where these are `IGNORED` it stays as it is.
 
-    `label_map` is of the image before it was enlarged by `factor`.
+    The label map may be of the image before it was scaled.
     """
-    labels = label_map.repeat(factor, axis=0).repeat(factor, axis=1)[..., None]
-    pixels = np.asarray(image)
-    mixed = _SEEN_THROUGH * pixels + (1 - _SEEN_THROUGH) * palette()[labels[..., 0]]
-    return Image.fromarray(np.where(labels == IGNORED, pixels, mixed).astype(np.uint8))
+    labels, pixels = _as_large(label_map, image), np.asarray(image)
+    mixed = _SEEN_THROUGH * pixels + (1 - _SEEN_THROUGH) * palette()[labels]
+    return Image.fromarray(np.where((labels == IGNORED)[..., None], pixels, mixed).astype(np.uint8))
+
+
+def _as_large(values: np.ndarray, image: Image.Image) -> np.ndarray:
+    return np.asarray(Image.fromarray(values).resize(image.size, Image.Resampling.NEAREST))
 
 
 def with_legend(image: Image.Image, labels: Sequence[int], captions: Sequence[str]) -> Image.Image:
     """An image, and below it the colours of classes with captions, in as many lines as they need."""
     font = _font(image.size)
-    line = font.getbbox("Ag")[3] + 4
+    line = _line(font) + 2
     places, x, y = [], 0, 0
     for caption in captions:
         wide = line + int(font.getlength(printable(caption))) + 8
@@ -105,6 +113,10 @@ def printable(text: str) -> str:
 
 def _font(size: tuple[int, int]):
     return ImageFont.load_default(max(10, round(min(size) / 40)))
+
+
+def _line(font) -> int:
+    return int(font.getbbox("Ag")[3]) + 2
 
 
 def _readable(colour: np.ndarray) -> str:
