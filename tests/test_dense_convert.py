@@ -79,6 +79,21 @@ def test_there_and_back(monkeypatch, tmp_path, released, capsys):
         load_pretrained(out, "retinanet_pvt_tiny")
 
 
+@pytest.mark.parametrize("library", ["facebookresearch", "huggingface"])
+def test_the_library_is_kept(monkeypatch, tmp_path, library, capsys):
+    """Of networks whose files have the names of several: what went in comes out."""
+    model = create_model("detr_pvt_micro", library=library, num_classes=4, image_size=64)
+    state_dict = dense_names.to_state_dict(model, random_variables(model))
+    save_file(state_dict, tmp_path / "detr.safetensors")
+    assert run(monkeypatch, tmp_path / "detr.safetensors", "--model=detr_pvt_micro", f"--out={tmp_path / 'out'}") == 0
+    assert f"took the file itself, {library} names\n" in capsys.readouterr().out
+    assert load_pretrained(tmp_path / "out")[0] == model
+    assert run(monkeypatch, tmp_path / "out", "--to-torch", f"--out={tmp_path / 'back.safetensors'}") == 0
+    again = load_file(tmp_path / "back.safetensors")
+    assert again.keys() == state_dict.keys()
+    assert all(np.array_equal(array, again[key]) for key, array in state_dict.items())
+
+
 def test_refused_conversions_write_nothing(monkeypatch, tmp_path, released, capsys):
     file, _ = released
     for options, message in (

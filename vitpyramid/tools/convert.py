@@ -126,7 +126,12 @@ def to_torch(source: Path, out: Path, weights: str = "auto") -> None:
         if file.exists():
             raise FileExistsError(f"{file}: expected no such file; nothing is replaced")
     stored = read_weights(source, weights)
-    state_dict = flax_to_torch(stored.network["name"], stored.variables, stored.network.get("backbone", ""))
+    state_dict = flax_to_torch(
+        stored.network["name"],
+        stored.variables,
+        stored.network.get("library"),
+        stored.network.get("backbone", ""),
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     for file in files:
         if file is out:

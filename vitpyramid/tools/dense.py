@@ -62,7 +62,8 @@ def open_task(checkpoint: str, network: Mapping, size: tuple[int, int] | None = 
       network: what `create_model` makes the network of.
       size: what the shorter and the longer side of images may at most become; None: as above.
     """
-    (kind,) = (kind for kind, task in TASKS.items() if task.RULES["model.name"].holds(network["name"]))
+    kinds = (kind for kind, task in TASKS.items() if task.RULES["model.name"].holds(network["name"]))
+    kind = next(kinds, "detect")
     config = reference()
     with config.unlocked(), config.ignore_type():
         config.update(saved_meta(checkpoint).get("config") or _recipe(kind, network["name"]))

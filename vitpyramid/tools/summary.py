@@ -138,7 +138,7 @@ class DenseSummary:
       parts: its backbone, neck and heads.
       published: parameters in millions; None where there are none.
       published_gmacs: as of `Summary`, at `PUBLISHED_DETECTION` or `SEGMENTATION`.
-      strides: of the neck's levels.
+      strides: of the backbone's levels that are read.
     """
 
     name: str
@@ -169,14 +169,15 @@ def summarise_dense(name: str, height: int | None = None, width: int | None = No
     own = SEGMENTATION if isinstance(model, SemanticFPN) else DETECTION
     height, width = height or own[0], width or own[1]
     variables = jax.eval_shape(model.init, jax.random.key(0), _images(1, *model.height_width))
-    levels = jax.eval_shape(lambda v, x: model.apply(v, x, method="pyramid"), variables, _images(1, height, width))
-    modules = ("backbone", *model.after)
-    counts = dict.fromkeys(modules, 0)
+    params, modules = variables["params"], ("backbone", *model.after)
+    counts = collections.Counter()
     for path, count in macs_by_path(model, variables, height, width).items():
-        counts[next(part for part in re.split(r"[/.]", path) if part in counts)] += count
-    parts = tuple(Part(module, _size(variables["params"][module]), counts[module]) for module in modules)
+        counts[next((part for part in re.split(r"[/.]", path) if part in modules), "others")] += count
+    parts = tuple(
+        Part(part, _size(params.get(part, ())), counts[part]) for part in {**dict.fromkeys(modules), **counts}
+    )
     published = (facts.published, facts.gmacs) if facts else (None, None)
-    return DenseSummary(name, height, width, parts, *published, tuple(level.stride for level in levels))
+    return DenseSummary(name, height, width, parts, *published, tuple(model.backbone.strides[i] for i in model.levels))
 
 
 def count_macs(model, variables, height: int, width: int) -> int:

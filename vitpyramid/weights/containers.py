@@ -29,6 +29,7 @@ StateDict = dict[str, np.ndarray]
 RAW = ("state_dict", "model", "net", "model_state_dict")
 EMA = ("state_dict_ema",)
 OTHER_EMA = ("model_ema", "ema")  # averages that their authors did not report: taken only when asked for
+WRAPPERS = ("module.", "_orig_mod.")  # prefixes of all keys, which say nothing
 IGNORED = re.compile(r"(^|\.)(total_ops|total_params|num_batches_tracked)$")  # counters, no parameters
 
 
@@ -195,20 +196,19 @@ def open_contents(content: Any, weights: str = "auto", name: str | None = None) 
     return Contents(state_dict, origin, container, prefix, dialect.names, ignored)
 
 
-def _open_dense(container: str, found: Mapping[str, Any], network: str) -> Contents:
+def _open_dense(container: str, found: Mapping[str, Any], name: str) -> Contents:
     """All of a network for dense prediction, in the names of its library."""
-    model = create_model(network)
-    anchor = dense_names.class_key(model)
-    prefixes = [key.removesuffix(anchor) for key in found if key == anchor or key.endswith(f".{anchor}")]
-    prefix = min(prefixes, key=len, default="")
-    state_dict, ignored = {}, []
+    prefix = next((wrapper for wrapper in WRAPPERS if all(key.startswith(wrapper) for key in found)), "")
+    own, ignored = {}, []
     for key, array in found.items():
-        name = key.removeprefix(prefix)
-        if key.startswith(prefix) and not dense_names.IGNORED.search(name) and isinstance(array, np.ndarray):
-            state_dict[name] = array
-        else:
+        if dense_names.IGNORED.search(key.removeprefix(prefix)) or not isinstance(array, np.ndarray):
             ignored.append(key)
-    return Contents(state_dict, {key: prefix + key for key in state_dict}, container, prefix, model.library, ignored)
+        else:
+            own[key.removeprefix(prefix)] = array
+    model = dense_names.named_as(create_model(name), own)
+    state_dict = dense_names.in_one_form(model, own)
+    origin = {key: prefix + key if key in own else f"parts of {key}" for key in state_dict}
+    return Contents(state_dict, origin, container, prefix, model.library, ignored)
 
 
 def _unwrap(content: Any, weights: str) -> tuple[str, Mapping[str, Any]]:

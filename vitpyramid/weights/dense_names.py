@@ -11,7 +11,7 @@ another form in PyTorch:
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 from flax import traverse_util
@@ -19,7 +19,7 @@ from flax import traverse_util
 from vitpyramid.heads.network import DenseNetwork
 from vitpyramid.heads.registry import DENSE, create_model
 from vitpyramid.models.backbone import Backbone
-from vitpyramid.weights import names
+from vitpyramid.weights import detr_names, names
 from vitpyramid.weights.names import Path
 
 NORMALISER = ("batch_stats", "loss_normaliser")
@@ -36,28 +36,49 @@ def torch_to_flax(name: str, state_dict: Mapping, backbone: str = "") -> dict:
     return from_state_dict(create_model(**network), state_dict)
 
 
-def flax_to_torch(name: str, variables: Mapping, backbone: str = "") -> dict[str, np.ndarray]:
-    """`names.flax_to_torch` of any of `list_models()`; inverse of `torch_to_flax`."""
+def flax_to_torch(
+    name: str, variables: Mapping, library: str | None = None, backbone: str = ""
+) -> dict[str, np.ndarray]:
+    """`names.flax_to_torch` of any of `list_models()`; inverse of `torch_to_flax`.
+
+    Args:
+      library: of a network whose weights can have the names of several: which of its `libraries`; None: its own.
+      backbone: that heads stand on; "": their own.
+    """
     if name not in DENSE:
         return names.flax_to_torch(name, variables)
-    return to_state_dict(create_model(name, backbone), variables)
+    return to_state_dict(create_model(name, backbone, **({"library": library} if library else {})), variables)
 
 
 def network_of(name: str, torch_shapes: names.Shapes, backbone: str = "") -> dict:
-    """`names.network_of` of any of `list_models()`; with heads on a backbone also "backbone"."""
+    """`names.network_of` of any of `list_models()`; with heads on a backbone also "backbone", and "library" where the
+    names are not its own one's."""
     if name not in DENSE:
         return names.network_of(name, torch_shapes)
-    model = create_model(name, backbone)
+    own = create_model(name, backbone)
+    model = named_as(own, torch_shapes)
     tables = {}
-    for own, table in zip(model.backbone.position_tables, model.position_tables, strict=True):
+    for ours, table in zip(model.backbone.position_tables, model.position_tables, strict=True):
         key = torch_name(model, tuple(table.path.split("/")))
-        tables |= {own.path: torch_shapes[key]} if key in torch_shapes else {}
+        tables |= {ours.path: torch_shapes[key]} if key in torch_shapes else {}
     return {
         "name": name,
         "backbone": backbone,
         "num_classes": classes_in(model, torch_shapes) or model.num_classes,
         "image_size": model.backbone.native_side(tables) or model.backbone.image_size,
+        **({} if model.library == own.library else {"library": model.library}),
     }
+
+
+def named_as(own: DenseNetwork, keys: Collection[str]) -> DenseNetwork:
+    """The network with the library whose names the keys are."""
+    models = [own.clone(library=library) for library in own.libraries]
+    return next((model for model in models if class_key(model) in keys), own)
+
+
+def in_one_form(model: DenseNetwork, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays by the keys that `torch_shapes` has, of a state dict that may have them in parts."""
+    return detr_names.join(arrays) if _is_split(model) else dict(arrays)
 
 
 def classes_in(model: Backbone | DenseNetwork, torch_shapes: names.Shapes) -> int | None:
@@ -88,6 +109,7 @@ def from_state_dict(model: DenseNetwork, state_dict: Mapping) -> dict:
       ValueError: missing keys, unexpected keys, wrong shapes (the message lists them).
     """
     arrays = {key: np.asarray(value) for key, value in state_dict.items() if not IGNORED.search(key)}
+    arrays = in_one_form(model, arrays)
     shapes, expected = _shapes(model), torch_shapes(model)
     found = {key: array.shape for key, array in arrays.items()}
     if problems := names.compare(found, expected):
@@ -104,6 +126,8 @@ def to_state_dict(model: DenseNetwork, variables: Mapping) -> dict[str, np.ndarr
     flat = traverse_util.flatten_dict(variables)
     flat.pop(NORMALISER, None)
     state_dict = {torch_name(model, path): _to_torch(path, np.asarray(value)) for path, value in flat.items()}
+    if _is_split(model):
+        state_dict = detr_names.split(state_dict)
     means = [key for key in state_dict if key.endswith(".running_mean")]
     return state_dict | {key.replace("running_mean", names.COUNTER): np.zeros((), np.int64) for key in means}
 
@@ -118,6 +142,8 @@ def torch_name(model: Backbone | DenseNetwork, path: Path) -> str:
     name = names.torch_name(path)
     if isinstance(model, Backbone):
         return name
+    if model.libraries:
+        return detr_names.renamed(name, model.library)
     if model.library != "detectron2":
         return re.sub(r"((?:\w+_)?convs\.\d+)\.", r"\1.conv.", name)
     prefixes = _detectron2(tuple(model.backbone.strides[i] for i in model.levels))
@@ -155,6 +181,10 @@ def _detectron2(strides: tuple[int, ...]) -> dict[str, str]:
 def _shapes(model: DenseNetwork) -> dict[Path, tuple[int, ...]]:
     """Of all that is in files, by path."""
     return {path: shape for path, shape in names.variable_shapes(model).items() if path != NORMALISER}
+
+
+def _is_split(model: DenseNetwork) -> bool:
+    return bool(model.libraries) and model.library == "huggingface"
 
 
 def _has_normaliser(model: DenseNetwork) -> bool:

@@ -27,7 +27,13 @@ from vitpyramid.heads.registry import create_model
 from vitpyramid.models.backbone import Backbone, PositionTable
 from vitpyramid.weights.pickles import brief
 
-TORCH_LEAF = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+TORCH_LEAF = {
+    "kernel": "weight",
+    "scale": "weight",
+    "embedding": "weight",
+    "mean": "running_mean",
+    "var": "running_var",
+}
 # Axes of a Flax array in PyTorch's order, by last part of the path and number of dimensions: linear, convolutions of
 # one and two dimensions, a position table that is a map.
 TORCH_AXES = {
@@ -159,13 +165,14 @@ def head_rows(torch_shapes: Shapes) -> int | None:
 
 
 def model_shapes(
-    name: str, num_classes: int, image_size: int | tuple[int, int], backbone: str = ""
+    name: str, num_classes: int, image_size: int | tuple[int, int], backbone: str = "", library: str | None = None
 ) -> dict[Path, tuple[int, ...]]:
     """Flax shapes by path of any of `list_models()`; `ValueError` beyond `LARGEST_SIDE` or `MOST_CLASSES`."""
     if num_classes > MOST_CLASSES or np.max(image_size) > LARGEST_SIDE:
         raise ValueError(
             f"{num_classes} classes, image size {image_size}: expected at most {MOST_CLASSES} and {LARGEST_SIDE}"
         )
+    del library  # in whose names weights are makes no other shapes
     return variable_shapes(create_model(name, backbone, num_classes=num_classes, image_size=image_size))
 
 
