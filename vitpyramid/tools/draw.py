@@ -112,7 +112,7 @@ def printable(text: str) -> str:
 
 
 def _font(size: tuple[int, int]):
-    return ImageFont.load_default(max(10, round(min(size) / 40)))
+    return ImageFont.load_default(max(12, round(min(size) / 40)))
 
 
 def _line(font) -> int:

@@ -272,7 +272,7 @@ def describe(summary: Summary) -> str:
 
 def describe_dense(summary: DenseSummary) -> str:
     """A summary as lines of text."""
-    millions = f" (published {summary.published:g} M)" if summary.published else ""
+    millions = f" (published {summary.published:.1f} M)" if summary.published else ""
     gmacs = f" (published {summary.published_gmacs:g}{_counted_at(summary)})" if summary.published_gmacs else ""
     lines = [
         f"{summary.name} for images of {summary.height} x {summary.width}",
@@ -302,7 +302,7 @@ def dense_table(summaries: list[DenseSummary], markdown: bool = False) -> str:
             summary.name,
             f"{summary.height}x{summary.width}",
             f"{summary.parameters:,}",
-            "-" if summary.published is None else f"{summary.published:g}",
+            "-" if summary.published is None else f"{summary.published:.1f}",
             f"{summary.macs / 1e9:.4g}",
             "-" if summary.published_gmacs is None else f"{summary.published_gmacs:g}{_counted_at(summary)}",
             "/".join(map(str, summary.strides)),
