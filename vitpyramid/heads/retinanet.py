@@ -241,9 +241,10 @@ class RetinaNet(DenseNetwork, kw_only=True):
     @nn.nowrap
     def detections_of(self, predictions: Predictions, sizes: jax.Array) -> Detections:
         """As `detect`, of predictions."""
-        anchors_of = self.anchors(predictions.levels)
 
         def of_image(logits, deltas, size):
+            # Made here: an array of all devices cannot be indexed on one.
+            anchors_of = self.anchors(predictions.levels)
             candidates = [
                 self._candidates(*of_level, size) for of_level in zip(logits, deltas, anchors_of, strict=True)
             ]

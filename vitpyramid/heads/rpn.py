@@ -95,8 +95,8 @@ class RPN(nn.Module):
 
         def of_image(logits, deltas, size):
             boxes, scores, level = [], [], []
-            # Anchors are made here: an array of all devices cannot be indexed on one.
-            for i, (of_anchors, logit, delta) in enumerate(zip(self.anchors(levels), logits, deltas, strict=True)):
+            of_levels = self.anchors(levels)  # here: an array of all devices cannot be indexed on one
+            for i, (of_anchors, logit, delta) in enumerate(zip(of_levels, logits, deltas, strict=True)):
                 score, index = jax.lax.top_k(logit, min(before, len(logit)))
                 decoded = box.decode(of_anchors[index], delta[index], clamp_below=self.clamp_below)
                 boxes.append(box.clip(decoded, size))
