@@ -10,7 +10,7 @@ convolutions. Three arrays have another form in PyTorch:
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import jax
 import numpy as np
@@ -47,14 +47,8 @@ def flax_to_torch(name: str, variables: Mapping, library: str | None = None) -> 
 
 def network_of(name: str, torch_shapes: names.Shapes) -> dict:
     """`{"name", "num_classes", "image_size"}` of a state dict of the network for dense prediction called `name`; where
-    the state dict lacks what says so, the network's own numbers. And "library", if the names are not its own one's.
-    """
-    model = create_model(name)
-    own = model
-    for library in model.libraries:
-        other = create_model(name, library=library)
-        if torch_name(other, ("params", *model.class_layer.split("/"), "bias")) in torch_shapes:
-            model = other
+    the state dict lacks what says so, the network's own numbers."""
+    model = _as_named(create_model(name), torch_shapes)
     rows = torch_shapes.get(torch_name(model, ("params", *model.class_layer.split("/"), "bias")))
     tables = {}
     for table in model.backbone.position_tables:
@@ -64,7 +58,6 @@ def network_of(name: str, torch_shapes: names.Shapes) -> dict:
         "name": name,
         "num_classes": model.classes_of(rows[0]) if rows else model.num_classes,
         "image_size": model.backbone.native_side(tables) or model.backbone.image_size,
-        **({} if model is own or model.library == own.library else {"library": model.library}),
     }
 
 
@@ -72,8 +65,8 @@ def from_state_dict(model: DenseNetwork, state_dict: Mapping) -> dict:
     """Variables of `model` from a PyTorch state dict, or from anything else that has an array for every parameter.
 
     Args:
-      model: whose `library` says whose names these are. It has the number of classes, the width of the heads and the
-        image size (of position tables) of the state dict.
+      model: whose `library` says whose names these are, unless it has several. It has the number of classes, the width
+        of the heads and the image size (of position tables) of the state dict.
       state_dict: arrays by PyTorch name, in PyTorch layout.
 
     Returns:
@@ -83,6 +76,7 @@ def from_state_dict(model: DenseNetwork, state_dict: Mapping) -> dict:
       ValueError: missing keys, unexpected keys, wrong shapes (the message lists them).
     """
     arrays = {key: np.asarray(value) for key, value in state_dict.items() if not IGNORED.search(key)}
+    model = _as_named(model, arrays)
     if _is_split(model):
         arrays = detr_names.join(arrays)
     shapes, expected = _shapes(model), torch_shapes(model)
@@ -157,6 +151,13 @@ def _shapes(model: DenseNetwork) -> dict[Path, tuple[int, ...]]:
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
     flat = traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0), images))
     return {path: leaf.shape for path, leaf in flat.items() if path != NORMALISER}
+
+
+def _as_named(model: DenseNetwork, keys: Collection[str]) -> DenseNetwork:
+    """The model, with the one of its libraries whose names these are."""
+    named = (model.clone(library=library) for library in model.libraries)
+    path = ("params", *model.class_layer.split("/"), "bias")
+    return next((other for other in named if torch_name(other, path) in keys), model)
 
 
 def _is_split(model: DenseNetwork) -> bool:
