@@ -74,11 +74,11 @@ def _scenes(entry: str) -> ConfigDict:
 
     data = config.data
     data.name, data.eval_split = "scenes", "test"
-    data.image_size = 96  # of the position tables
+    data.image_size = 64  # of the position tables
     data.interpolation, data.flip, data.threads = "bilinear", 0.0, 2
-    data.short_side, data.long_side, data.eval_short_side = (96,), 96, 96
-    data.canvas = data.eval_canvas = ((96, 96),)
-    data.max_boxes, data.masks = 6, entry == "mask"
+    data.short_side, data.long_side, data.eval_short_side = (64,), 64, 64
+    data.canvas = data.eval_canvas = ((64, 64),)
+    data.max_boxes, data.masks = 3, entry == "mask"
 
     config.optim.lr, config.optim.lr_batch = 1e-3 if entry == "segment" else 4e-4, 0
     config.optim.clip_norm = 10.0
@@ -91,8 +91,8 @@ def _scenes(entry: str) -> ConfigDict:
 
 def _detr(config: ConfigDict) -> ConfigDict:
     """DETR learns slowly: more epochs of larger batches."""
-    config.batch_size, config.epochs = 8, 16.0
-    config.optim.weight_decay, config.optim.clip_norm = 1e-4, 0.1
-    config.schedule.warmup_epochs = 0.5
-    config.eval.every_epochs = config.checkpoint.every_epochs = 4.0
+    config.batch_size, config.epochs = 16, 30.0
+    config.optim.lr, config.optim.weight_decay, config.optim.clip_norm = 6e-4, 1e-4, 0.1
+    config.schedule.warmup_epochs = 1.0
+    config.eval.every_epochs = config.checkpoint.every_epochs = 5.0
     return config
