@@ -14,7 +14,12 @@ from ml_collections import ConfigDict
 from vitpyramid.configs import base
 
 FAMILIES = ("pvt", "pit", "t2t_vit", "rest")
-DENSE = {"detect": "retinanet_pvt_micro", "mask": "mask_rcnn_pvt_micro", "segment": "semantic_fpn_pvt_micro"}
+DENSE = {
+    "detect": "retinanet_pvt_micro",
+    "detr": "detr_pvt_micro",
+    "mask": "mask_rcnn_pvt_micro",
+    "segment": "semantic_fpn_pvt_micro",
+}
 
 
 def get_config(family: str = "pvt") -> ConfigDict:
@@ -81,4 +86,13 @@ def _scenes(entry: str) -> ConfigDict:
 
     config.eval.batch_size = 40
     config.eval.every_epochs = config.checkpoint.every_epochs = 1.2
+    return _detr(config) if entry == "detr" else config
+
+
+def _detr(config: ConfigDict) -> ConfigDict:
+    """DETR learns slowly: more epochs of larger batches."""
+    config.batch_size, config.epochs = 16, 30.0
+    config.optim.lr, config.optim.weight_decay, config.optim.clip_norm = 6e-4, 1e-4, 0.1
+    config.schedule.warmup_epochs = 1.0
+    config.eval.every_epochs = config.checkpoint.every_epochs = 5.0
     return config
