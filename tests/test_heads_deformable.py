@@ -1,15 +1,21 @@
 """Deformable DETR against its authors' numbers, in float64."""
 
-import functools
-
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dense_golden import DenseGolden
+from dense_networks import nchw, padded_targets
 from vitpyramid.heads import deformable_attention as attention
-from vitpyramid.weights import names
+from vitpyramid.heads import deformable_detr, set_prediction
+from vitpyramid.heads.boxes import from_centres
+from vitpyramid.heads.deformable_detr import DeformableDETR
+from vitpyramid.heads.detector import rescale
+from vitpyramid.heads.transformer import padding_mask, sine_positions
+from vitpyramid.models.backbone import Level
+from vitpyramid.weights.dense_names import from_state_dict, to_state_dict
 
 EXACT = 1e-9
 
@@ -23,11 +29,10 @@ def float64():
 @pytest.mark.parametrize("form", [attention.sample_by_gathers, attention.sample_by_products])
 @pytest.mark.parametrize("stem", ["ms_deform_attn", "ms_deform_attn_ref4"])
 def test_attention(stem, form, monkeypatch):
-    """Also of cells that are padding; by matrix products in parts."""
+    """Also of cells that are padding."""
     golden = DenseGolden(stem)
     meta, weights = golden.meta, golden.state_dict()
     monkeypatch.setattr(attention, "sample", form)
-    monkeypatch.setattr(attention, "_MOST_WEIGHTS", 5000)
     grids = tuple(map(tuple, meta["spatial_shapes"]))
     layer = attention.DeformableAttention(meta["heads"], len(grids), meta["points"], jnp.float64)
     query, value, cotangent = (
@@ -60,3 +65,100 @@ def test_attention(stem, form, monkeypatch):
     }
     errors = golden.gradient_errors(gradients, weights)
     assert max(errors.values()) < EXACT, errors
+
+
+class Maps(nn.Module):
+    """Stands for a backbone: its maps are parameters, and so have gradients."""
+
+    shapes: tuple[tuple[int, ...], ...]
+
+    strides = (8, 16, 32)
+    stages, no_weight_decay, position_tables = (), (), ()
+
+    def setup(self):
+        self.maps = [self.param(f"map{i}", nn.initializers.zeros, shape) for i, shape in enumerate(self.shapes)]
+
+    def features(self, images, train=False):
+        return tuple(Level(x, stride) for x, stride in zip(self.maps, self.strides, strict=True))
+
+
+@pytest.mark.parametrize("stem", ["deformable_detr", "deformable_detr_refine"])
+def test_original(stem):
+    """Outputs, matches, losses, gradients and detections, from the backbone's maps on."""
+    golden = DenseGolden(stem)
+    meta = golden.meta
+    weights = {k.replace("transformer.decoder.bbox", "bbox"): v for k, v in golden.state_dict().items()}
+    maps = {f"backbone.0.body.map{i}": golden.input(f"features{i}").transpose(0, 2, 3, 1) for i in range(3)}
+    model = DeformableDETR(
+        backbone=Maps(tuple(x.shape for x in maps.values())),
+        levels=(0, 1, 2),
+        num_classes=meta["num_classes"],
+        channels=meta["hidden"],
+        heads=meta["heads"],
+        points=meta["points"],
+        ffn_channels=meta["ffn"],
+        encoder_layers=meta["enc_layers"],
+        decoder_layers=meta["dec_layers"],
+        feature_levels=meta["num_feature_levels"],
+        queries=meta["num_queries"],
+        refine=meta["with_box_refine"],
+        dtype=jnp.float64,
+    )
+    variables = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), from_state_dict(model, weights | maps))
+    images, sizes = jnp.zeros((2, *meta["canvas"], 3)), np.array(meta["img_shapes"])
+    pixels = [np.tile(size[::-1], 2) for size in sizes]
+    meta["gt_boxes"] = [from_centres(np.array(of)) * side for of, side in zip(meta["gt_boxes_cxcywh"], pixels, strict=True)]
+    targets = padded_targets(golden, 6)
+
+    @jax.jit
+    def run(params):
+        def loss(params):
+            predictions = model.apply({"params": params}, images, sizes, method="predict")
+            losses = model.losses_of(predictions, targets, sizes)
+            return sum(value.sum() for value in losses.values()), (predictions, losses)
+
+        (_, (predictions, losses)), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+        query = set_prediction.assign(
+            predictions.logits, predictions.boxes, targets, sizes, focal=True, weights=deformable_detr.WEIGHTS
+        )
+        return predictions, losses, gradients, query, model.detections_of(predictions, sizes)
+
+    predictions, losses, gradients, query, detections = run(variables["params"])
+    assert golden.error("logits", predictions.logits) < EXACT
+    assert golden.error("boxes", predictions.boxes) < EXACT
+    layers = len(query)
+    for layer in range(layers):
+        for image in range(2):
+            found = np.full(meta["num_queries"], -1)
+            for slot in np.flatnonzero(targets.valid[image]):
+                found[query[layer, image, slot]] = slot
+            assert (found == golden.array(f"match/layer{layer}_image{image}")).all()
+    names = {"loss_ce": "loss_cls", "loss_bbox": "loss_bbox", "loss_giou": "loss_giou"}
+    for layer in range(layers):
+        for theirs, ours in names.items():
+            key = f"loss/{theirs}" if layer == layers - 1 else f"loss/{theirs}_{layer}"
+            unweighted = losses[ours][layer] / getattr(deformable_detr.WEIGHTS, ours.removeprefix("loss_"))
+            assert golden.error(key, unweighted[None]) < EXACT, key
+    total = sum(value.sum() for value in losses.values())
+    assert golden.error("loss/total", total[None]) < EXACT
+    found = to_state_dict(model, {"params": gradients})
+    errors = golden.gradient_errors(found, weights)
+    assert max(errors.values()) < EXACT, errors
+    for i, key in enumerate(maps):
+        assert golden.error(f"grad_features{i}", nchw(found[key])) < EXACT
+    factors = sizes / np.array(meta["ori_shapes"])
+    found = rescale(detections, factors)
+    for key in ("boxes", "scores", "labels"):
+        assert golden.error(f"det/{key}", getattr(found, key)) < EXACT, key
+
+
+def test_positions_and_padding():
+    """The masks of levels; positions where there is an image."""
+    golden = DenseGolden("deformable_detr")
+    meta = golden.meta
+    for i, grid in enumerate(meta["feature_maps"]):
+        padding = padding_mask(np.array(meta["img_shapes"]), tuple(meta["canvas"]), tuple(grid))
+        assert (padding == golden.array(f"mask{i}")).all()
+        positions = sine_positions(padding, meta["hidden"], jnp.float64, offset=-0.5)
+        positions = jnp.where(padding[..., None], 0, positions)
+        assert golden.error(f"pos{i}", nchw(positions)) < EXACT

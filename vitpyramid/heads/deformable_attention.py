@@ -17,8 +17,6 @@ from vitpyramid.models.forms import at_least_float32, by_device
 from vitpyramid.models.initialisers import xavier_uniform
 
 Grids = tuple[tuple[int, int], ...]
-# Weights of places that are held at a time, of all images and heads together (`sample_by_products`).
-_MOST_WEIGHTS = 2**27
 
 
 class DeformableAttention(nn.Module):
@@ -66,7 +64,7 @@ class DeformableAttention(nn.Module):
 
         reference = reference.astype(wide)[:, :, None, :, None]  # [B, Q, 1, L, 1, 2 or 4]
         if reference.shape[-1] == 2:
-            locations = reference + offsets / np.array(grids, np.float64)[:, None, ::-1].astype(wide)
+            locations = reference + offsets / _sides(grids, wide)
         else:
             locations = reference[..., :2] + offsets / self.points * reference[..., 2:] * 0.5
         self.sow("intermediates", "locations", locations)
@@ -100,79 +98,121 @@ def sample(value: jax.Array, locations: jax.Array, weights: jax.Array, grids: Gr
     return by_device(sample_by_products, sample_by_gathers, value, locations, weights, grids=grids)
 
 
-def _ends(grids: Grids) -> np.ndarray:
-    """Cells before each level, and all of them."""
-    return np.cumsum([0, *(height * width for height, width in grids)])
+def _corners(locations: jax.Array, weights: jax.Array, grids: Grids) -> tuple[jax.Array, jax.Array]:
+    """The four cells around each place: upper left, upper right, lower left, lower right.
+
+    Returns:
+      Column and row of the first, int32 `[B, Q, heads, L, P, 2]`, from -1 where there is anything to be had; and how
+      much each counts, `[B, Q, heads, L, P, 4]`.
+    """
+    place = locations * _sides(grids, locations.dtype) - 0.5
+    first = jnp.floor(place)
+    across, down = jnp.moveaxis(place - first, -1, 0)
+    factors = ((1 - down) * (1 - across), (1 - down) * across, down * (1 - across), down * across)
+    return first.astype(jnp.int32), jnp.stack(factors, axis=-1) * weights[..., None]
 
 
 def sample_by_gathers(value: jax.Array, locations: jax.Array, weights: jax.Array, grids: Grids) -> jax.Array:
     """The four cells around each place are fetched."""
     batch, queries, heads = locations.shape[:3]
-    sides = np.array(grids)[:, None, ::-1]  # [L, 1, 2], width and height
-    place = locations * sides.astype(locations.dtype) - 0.5
-    first = jnp.floor(place)
-    share = place - first
-    first = first.astype(jnp.int32)
-    indices, factors = [], []
-    for right in (0, 1):
-        for below in (0, 1):
-            corner = first + np.array([right, below])
-            there = ((corner >= 0) & (corner < sides)).all(-1)
-            x, y = jnp.moveaxis(jnp.clip(corner, 0, sides - 1), -1, 0)
-            across, down = jnp.moveaxis(share, -1, 0)
-            factor = (across if right else 1 - across) * (down if below else 1 - down)
-            indices.append(_ends(grids)[:-1, None] + y * sides[..., 0] + x)
-            factors.append(jnp.where(there, factor * weights, 0))
-    index = jnp.stack(indices, axis=-1).swapaxes(1, 2).reshape(batch, heads, -1)  # [B, heads, Q * L * P * 4]
-    factor = jnp.stack(factors, axis=-1).reshape(batch, queries, heads, -1)
+    first, factors = _corners(locations, weights, grids)
+    corner = first[..., None, :] + np.array([[0, 0], [1, 0], [0, 1], [1, 1]])  # [B, Q, heads, L, P, 4, 2]
+    sides = _sides(grids, jnp.int32)[:, None]
+    there = ((corner >= 0) & (corner < sides)).all(-1)
+    x, y = jnp.moveaxis(jnp.clip(corner, 0, sides - 1), -1, 0)
+    index = _ends(grids)[:-1, None, None] + y * sides[..., 0] + x
+    index = index.swapaxes(1, 2).reshape(batch, heads, -1)
+    factors = jnp.where(there, factors, 0).reshape(batch, queries, heads, -1)
     cells = jnp.take_along_axis(value.swapaxes(1, 2), index[..., None], axis=2, mode="promise_in_bounds")
-    cells = cells.reshape(batch, heads, queries, -1, cells.shape[-1])
-    out = jnp.einsum("bhqnd,bqhn->bqhd", cells, factor.astype(value.dtype))
+    cells = cells.reshape(batch, heads, queries, -1, cells.shape[-1])  # [B, heads, Q, L * P * 4, d]
+    out = jnp.einsum("bhqnd,bqhn->bqhd", cells, factors.astype(value.dtype))
     return out.reshape(batch, queries, -1)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def sample_by_products(value: jax.Array, locations: jax.Array, weights: jax.Array, grids: Grids) -> jax.Array:
-    """Every query has a weight for each cell, zero but for those around its places, and sums are matrix products.
+    """Matrix products with the weight that every query has for each cell: zero but for those around its places.
 
-    The weights of all cells are made where they are used, for some queries at a time, and again in the backward pass.
+    The weights are made inside of the products, and are in no memory. JAX's own derivative of them would be a matrix
+    as large that is; here the four cells are fetched for it, by products with zeros and ones.
     """
-    batch, queries, heads = locations.shape[:3]
-    cells = value.shape[1]
-    parts = -(-batch * heads * queries * cells // _MOST_WEIGHTS)
-    length = -(-queries // parts)
-
-    @jax.checkpoint
-    def of_part(part):
-        return _sample_densely(value, *part, grids)
-
-    def split(x):
-        x = jnp.pad(x, ((0, 0), (0, parts * length - queries), *((0, 0),) * (x.ndim - 2)))
-        return jnp.moveaxis(x.reshape(batch, parts, length, *x.shape[2:]), 1, 0)
-
-    if parts == 1:
-        return of_part((locations, weights))
-    out = jax.lax.map(of_part, (split(locations), split(weights)))  # [parts, B, length, heads * d]
-    return jnp.moveaxis(out, 0, 1).reshape(batch, parts * length, -1)[:, :queries]
-
-
-def _sample_densely(value, locations, weights, grids):
-    ends, out = _ends(grids), 0
-    for level, (height, width) in enumerate(grids):
-        x, y = (locations[:, :, :, level, :, axis, None] * side - 0.5 for axis, side in ((0, width), (1, height)))
-        across = _shares(x, width)  # [B, Q, heads, P, width]
-        down = _shares(y, height) * weights[:, :, :, level, :, None]
-        dense = sum(down[:, :, :, p, :, None] * across[:, :, :, p, None] for p in range(weights.shape[-1]))
-        dense = dense.astype(value.dtype)  # [B, Q, heads, height, width]
-        of_level = value[:, ends[level] : ends[level + 1]].reshape(len(value), height, width, *value.shape[2:])
-        out = out + jnp.einsum(
-            "bqhyx,byxhd->bqhd", dense, of_level, preferred_element_type=at_least_float32(value.dtype)
+    out = 0
+    for level, dense in enumerate(_dense_weights(locations, weights, grids)):
+        of_level = _as_map(value, level, grids)
+        wide = at_least_float32(value.dtype)
+        out += jnp.einsum(
+            "bqhyx,byxhd->bqhd", dense.astype(value.dtype), of_level, preferred_element_type=wide
         )
     return out.astype(value.dtype).reshape(*out.shape[:2], -1)
 
 
+def _sample_forward(value, locations, weights, grids):
+    return sample_by_products(value, locations, weights, grids), (value, locations, weights)
+
+
+def _sample_backward(grids, residuals, gradient):
+    value, locations, weights = residuals
+    wide = at_least_float32(value.dtype)
+    batch, _, heads, d = value.shape
+    gradient = gradient.reshape(*gradient.shape[:2], heads, d)
+    (first, _), backward = jax.vjp(lambda *chosen: _corners(*chosen, grids), locations, weights)
+    four = jnp.tile(gradient, 4)[:, :, :, None]  # [B, Q, heads, 1, 4 d]
+    sums = np.kron(np.eye(4), np.ones((d, 1)))  # [4 d, 4]
+    of_value, of_factors = [], []
+    for level, dense in enumerate(_dense_weights(locations, weights, grids)):
+        cells = jnp.einsum("bqhyx,bqhd->byxhd", dense.astype(value.dtype), gradient, preferred_element_type=wide)
+        of_value.append(cells.reshape(batch, -1, heads, d))
+        # Cells from the left of the map and above it to its last, each with the three to its right and below.
+        padded = jnp.pad(_as_map(value, level, grids), ((0, 0), (1, 1), (1, 1), (0, 0), (0, 0)))
+        table = jnp.concatenate(
+            [padded[:, :-1, :-1], padded[:, :-1, 1:], padded[:, 1:, :-1], padded[:, 1:, 1:]], axis=-1
+        )
+        x, y = jnp.moveaxis(first[:, :, :, level] + 1, -1, 0)
+        rows, columns = table.shape[1:3]
+        index = jnp.where((x >= 0) & (x < columns) & (y >= 0) & (y < rows), y * columns + x, -1)
+        chosen = (index[..., None] == np.arange(rows * columns)).astype(value.dtype)  # [B, Q, heads, P, cells]
+        table = table.reshape(batch, -1, heads, 4 * d)
+        found = jnp.einsum("bqhpn,bnhc->bqhpc", chosen, table, preferred_element_type=value.dtype)
+        products = found.astype(wide) * four.astype(wide)
+        of_factors.append(jnp.einsum("bqhpc,cf->bqhpf", products, sums.astype(wide), precision="highest"))
+    no_gradient = np.zeros(first.shape, jax.dtypes.float0)
+    of_locations, of_weights = backward((no_gradient, jnp.stack(of_factors, axis=3)))
+    return jnp.concatenate(of_value, axis=1).astype(value.dtype), of_locations, of_weights
+
+
+sample_by_products.defvjp(_sample_forward, _sample_backward)
+
+
+def _dense_weights(locations: jax.Array, weights: jax.Array, grids: Grids) -> list[jax.Array]:
+    """The weight that every query has for each cell, `[B, Q, heads, h, w]` a level."""
+    found = []
+    place = locations * _sides(grids, locations.dtype) - 0.5
+    for level, (height, width) in enumerate(grids):
+        across = _shares(place[:, :, :, level, :, 0], width)  # [B, Q, heads, P, width]
+        down = _shares(place[:, :, :, level, :, 1], height) * weights[:, :, :, level, :, None]
+        found.append(sum(down[:, :, :, p, :, None] * across[:, :, :, p, None] for p in range(weights.shape[-1])))
+    return found
+
+
 def _shares(place: jax.Array, cells: int) -> jax.Array:
-    """How much each of `cells` cells takes part in linear interpolation at a place, `[..., 1]` -> `[..., cells]`."""
-    first = jnp.floor(place)
-    apart = first - jnp.arange(cells, dtype=place.dtype)
-    share = place - first
-    return jnp.where(apart == 0, 1 - share, jnp.where(apart == -1, share, 0))
+    """How much each of `cells` cells takes part in linear interpolation at a place, `[...]` -> `[..., cells]`."""
+    first = jnp.floor(place)[..., None]
+    share = place[..., None] - first
+    cell = jnp.arange(cells, dtype=place.dtype)
+    return jnp.where(cell == first, 1 - share, jnp.where(cell == first + 1, share, 0))
+
+
+def _ends(grids: Grids) -> np.ndarray:
+    """Cells before each level, and all of them."""
+    return np.cumsum([0, *(height * width for height, width in grids)])
+
+
+def _sides(grids: Grids, dtype) -> jax.Array:
+    """`[L, 1, 2]`: width and height of each level."""
+    return jnp.asarray(np.array(grids)[:, None, ::-1], dtype)
+
+
+def _as_map(value: jax.Array, level: int, grids: Grids) -> jax.Array:
+    """A level's part of `value`, `[B, h, w, heads, d]`."""
+    begin, end = _ends(grids)[level : level + 2]
+    return value[:, begin:end].reshape(len(value), *grids[level], *value.shape[2:])
