@@ -23,11 +23,11 @@ FINAL = {
     "anchor_deltas": (0.3, 0.0),
     "fc_cls": (2.0, 0.0),
     "fc_reg": (0.5, 0.0),
+    "class_embed": (2.0, 0.0),
+    "bbox_embed": (1.0, 0.0),
     "conv_logits": (1.5, 0.0),
     "predictor": (1.5, 0.0),
     "conv_seg": (1.5, 0.0),
-    "class_embed": (2.0, 0.0),
-    "bbox_embed": (1.0, 0.0),
 }
 # Parts of names and the gain of their weights; the first match counts.
 GAIN = (
@@ -66,10 +66,12 @@ def weight(seed: int, name: str, shape) -> np.ndarray:
         value = 0.1 * draw
     elif leaf == "running_var":
         value = 1.0 + 0.1 * np.abs(draw)
-    elif any(part in name for part in ("pos_embed", "level_embed", "query_embed", "reference_points.bias")):
+    elif any(part in name for part in ("pos_embed", "cls_token", "level_embed", "query_embed")):
         value = draw
     elif name.endswith("sampling_offsets.bias"):
         value = 2.0 * draw
+    elif name.endswith("reference_points.bias"):
+        value = draw
     elif leaf in ("bias", "in_proj_bias"):
         value = (final[1] if final else 0.0) + 0.1 * draw
     elif len(shape) == 1:

@@ -26,6 +26,7 @@ class DenseNetwork(nn.Module, kw_only=True):
     Declared by a network:
       after: paths in `params` of what stands behind the backbone.
       class_layer: path in `params` of the layer that has the classes, and `classes_of` its rows.
+      libraries: whose names the weights can have in PyTorch, where its `library` can be one of several.
     """
 
     backbone: Backbone
@@ -35,6 +36,7 @@ class DenseNetwork(nn.Module, kw_only=True):
 
     after: ClassVar[tuple[str, ...]]
     class_layer: ClassVar[str]
+    libraries: ClassVar[tuple[str, ...]] = ()
 
     @nn.nowrap
     def classes_of(self, rows: int) -> int:

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from vitpyramid.heads import mask_rcnn, retinanet
+from vitpyramid.heads.detr import DETR
 from vitpyramid.heads.mask_rcnn import MaskRCNN
 from vitpyramid.heads.network import DenseNetwork
 from vitpyramid.heads.retinanet import RetinaNet
@@ -45,6 +46,7 @@ DENSE: dict[str, DenseVariant] = {
     **_standing_on("pvt", _PVT_DROP_PATH, "mask_rcnn", MaskRCNN),
     **_standing_on("rest", _REST_DROP_PATH, "mask_rcnn", MaskRCNN, **mask_rcnn.DETECTRON2),
     **_standing_on("pvt", dict.fromkeys(_PVT_DROP_PATH, 0.1), "semantic_fpn", SemanticFPN),
+    "detr_pvt_small": DenseVariant(DETR, "pvt_small", {"drop_path_rate": 0.1}),
 }
 
 
@@ -70,6 +72,19 @@ DENSE |= {
     ),
     "semantic_fpn_pvt_micro": DenseVariant(
         SemanticFPN, "pvt_micro", {"channels": 64, "head_channels": 64, "num_classes": 11}
+    ),
+    "detr_pvt_micro": DenseVariant(
+        DETR,
+        "pvt_micro",
+        {
+            "channels": 128,
+            "ffn_channels": 256,
+            "encoder_layers": 2,
+            "decoder_layers": 3,
+            "queries": 20,
+            "head_drop_rate": 0.0,
+            "num_classes": 10,
+        },
     ),
 }
 
@@ -107,7 +122,7 @@ def create_model(name: str, backbone: str | Backbone | None = None, **overrides)
       backbone: of a network for dense prediction, what its heads stand on: a name, or a module; None: its own.
       **overrides: fields of the family's module to change, e.g. `num_classes`, `dtype`, `drop_path_rate`, `image_size`.
         Of a network for dense prediction: fields of the heads' module, and of the backbone's where the heads have no
-        such field; `dtype` goes to both.
+        such field; `dtype` and `remat` go to both.
 
     Returns:
       A module. `model.init(rng, images)` makes variables for images `[B, H, W, 3]`, normalised floats; what
@@ -128,7 +143,7 @@ def create_model(name: str, backbone: str | Backbone | None = None, **overrides)
     options = variant.options | overrides
     of_heads = {f.name for f in dataclasses.fields(variant.network)} - {"name", "parent", "backbone", "levels"}
     heads = {key: value for key, value in options.items() if key in of_heads}
-    below = {key: value for key, value in options.items() if key not in of_heads or key == "dtype"}
+    below = {key: value for key, value in options.items() if key not in of_heads or key in ("dtype", "remat")}
     if backbone is not None and "drop_path_rate" not in overrides:
         below.pop("drop_path_rate", None)
     if not isinstance(backbone, Backbone):

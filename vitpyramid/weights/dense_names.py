@@ -18,7 +18,7 @@ from flax import traverse_util
 
 from vitpyramid.heads.network import DenseNetwork
 from vitpyramid.heads.registry import DENSE, create_model
-from vitpyramid.weights import names
+from vitpyramid.weights import detr_names, names
 from vitpyramid.weights.names import Path
 
 NORMALISER = ("batch_stats", "loss_normaliser")
@@ -34,17 +34,27 @@ def torch_to_flax(name: str, state_dict: Mapping) -> dict:
     return from_state_dict(create_model(**network), state_dict)
 
 
-def flax_to_torch(name: str, variables: Mapping) -> dict[str, np.ndarray]:
-    """`names.flax_to_torch` of any of `list_models()`; inverse of `torch_to_flax`."""
+def flax_to_torch(name: str, variables: Mapping, library: str | None = None) -> dict[str, np.ndarray]:
+    """`names.flax_to_torch` of any of `list_models()`; inverse of `torch_to_flax`.
+
+    Args:
+      library: of a network whose weights can have the names of several: which of its `libraries`; None: its own.
+    """
     if name not in DENSE:
         return names.flax_to_torch(name, variables)
-    return to_state_dict(create_model(name), variables)
+    return to_state_dict(create_model(name, **({"library": library} if library else {})), variables)
 
 
 def network_of(name: str, torch_shapes: names.Shapes) -> dict:
     """`{"name", "num_classes", "image_size"}` of a state dict of the network for dense prediction called `name`; where
-    the state dict lacks what says so, the network's own numbers."""
+    the state dict lacks what says so, the network's own numbers. And "library", if the names are not its own one's.
+    """
     model = create_model(name)
+    own = model
+    for library in model.libraries:
+        other = create_model(name, library=library)
+        if torch_name(other, ("params", *model.class_layer.split("/"), "bias")) in torch_shapes:
+            model = other
     rows = torch_shapes.get(torch_name(model, ("params", *model.class_layer.split("/"), "bias")))
     tables = {}
     for table in model.backbone.position_tables:
@@ -54,6 +64,7 @@ def network_of(name: str, torch_shapes: names.Shapes) -> dict:
         "name": name,
         "num_classes": model.classes_of(rows[0]) if rows else model.num_classes,
         "image_size": model.backbone.native_side(tables) or model.backbone.image_size,
+        **({} if model is own or model.library == own.library else {"library": model.library}),
     }
 
 
@@ -72,6 +83,8 @@ def from_state_dict(model: DenseNetwork, state_dict: Mapping) -> dict:
       ValueError: missing keys, unexpected keys, wrong shapes (the message lists them).
     """
     arrays = {key: np.asarray(value) for key, value in state_dict.items() if not IGNORED.search(key)}
+    if _is_split(model):
+        arrays = detr_names.join(arrays)
     shapes, expected = _shapes(model), torch_shapes(model)
     found = {key: array.shape for key, array in arrays.items()}
     if problems := names.compare(found, expected):
@@ -88,6 +101,8 @@ def to_state_dict(model: DenseNetwork, variables: Mapping) -> dict[str, np.ndarr
     flat = traverse_util.flatten_dict(variables)
     flat.pop(NORMALISER, None)
     state_dict = {torch_name(model, path): _to_torch(path, np.asarray(value)) for path, value in flat.items()}
+    if _is_split(model):
+        state_dict = detr_names.split(state_dict)
     means = [key for key in state_dict if key.endswith(".running_mean")]
     return state_dict | {key.replace("running_mean", names.COUNTER): np.zeros((), np.int64) for key in means}
 
@@ -100,6 +115,8 @@ def torch_shapes(model: DenseNetwork) -> names.Shapes:
 def torch_name(model: DenseNetwork, path: Path) -> str:
     """PyTorch's name of the variable at a path, collection first."""
     name = names.torch_name(path)
+    if model.libraries:
+        return detr_names.renamed(name, model.library)
     if model.library != "detectron2":
         return re.sub(r"((?:\w+_)?convs\.\d+)\.", r"\1.conv.", name)
     prefixes = _detectron2(tuple(model.backbone.strides[i] for i in model.levels))
@@ -140,6 +157,10 @@ def _shapes(model: DenseNetwork) -> dict[Path, tuple[int, ...]]:
     images = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
     flat = traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0), images))
     return {path: leaf.shape for path, leaf in flat.items() if path != NORMALISER}
+
+
+def _is_split(model: DenseNetwork) -> bool:
+    return bool(model.libraries) and model.library == "huggingface"
 
 
 def _has_normaliser(model: DenseNetwork) -> bool:

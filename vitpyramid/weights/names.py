@@ -26,7 +26,13 @@ from vitpyramid.models.backbone import Backbone, PositionTable
 from vitpyramid.models.registry import create_model
 from vitpyramid.weights.pickles import brief
 
-TORCH_LEAF = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+TORCH_LEAF = {
+    "kernel": "weight",
+    "scale": "weight",
+    "embedding": "weight",
+    "mean": "running_mean",
+    "var": "running_var",
+}
 # Axes of a Flax array in PyTorch's order, by last part of the path and number of dimensions: linear, convolutions of
 # one and two dimensions, a position table that is a map.
 TORCH_AXES = {
