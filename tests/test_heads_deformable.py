@@ -87,7 +87,7 @@ def test_original(stem):
     """Outputs, matches, losses, gradients and detections, from the backbone's maps on."""
     golden = DenseGolden(stem)
     meta = golden.meta
-    weights = {k.replace("transformer.decoder.bbox", "bbox"): v for k, v in golden.state_dict().items()}
+    weights = golden.state_dict()
     maps = {f"backbone.0.body.map{i}": golden.input(f"features{i}").transpose(0, 2, 3, 1) for i in range(3)}
     model = DeformableDETR(
         backbone=Maps(tuple(x.shape for x in maps.values())),

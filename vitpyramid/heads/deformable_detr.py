@@ -20,13 +20,12 @@ from vitpyramid.heads.network import DenseNetwork
 from vitpyramid.heads.transformer import (
     BoxMLP,
     MultiheadAttention,
-    dense,
     feed_forward,
     padding_mask,
     sine_positions,
     wide_dense,
 )
-from vitpyramid.models.initialisers import gaussian, torch_kernel_init, xavier_uniform
+from vitpyramid.models.initialisers import gaussian, torch_bias_init, torch_kernel_init, xavier_uniform
 from vitpyramid.models.layers import LayerNorm, at_least_float32
 from vitpyramid.models.sharding import shard_batch
 
@@ -168,14 +167,16 @@ class Transformer(nn.Module):
     def setup(self):
         self.level_embed = self.param("level_embed", gaussian(1.0), (self.levels, self.channels))
         if self.two_stage:
-            linear = functools.partial(dense, dtype=self.dtype)
-            self.enc_output = linear(self.channels, self.channels)
+            self.enc_output = self._linear(self.channels)
             self.enc_output_norm = LayerNorm(1e-5, self.dtype)
-            self.pos_trans = linear(2 * self.channels, 2 * self.channels)
+            self.pos_trans = self._linear(2 * self.channels)
             self.pos_trans_norm = LayerNorm(1e-5, self.dtype)
         else:
             zeros = nn.initializers.zeros
             self.reference_points = wide_dense(2, self.channels, self.dtype, None, xavier_uniform, zeros)
+
+    def _linear(self, width: int) -> nn.Dense:
+        return nn.Dense(width, dtype=self.dtype, kernel_init=xavier_uniform, bias_init=torch_bias_init(width))
 
     def encode(self, cells: Cells, positions: jax.Array, train: bool) -> Cells:
         """The cells once they have looked at each other; `positions` `[B, S, C]` are those within each level."""

@@ -49,13 +49,13 @@ def network_of(name: str, torch_shapes: names.Shapes) -> dict:
     """`{"name", "num_classes", "image_size"}` of a state dict of the network for dense prediction called `name`; where
     the state dict lacks what says so, the network's own numbers. And "library", if the names are not its own one's.
     """
-    model = create_model(name)
-    own = model
-    for library in model.libraries:
-        other = create_model(name, library=library)
-        if torch_name(other, ("params", *model.class_layer.split("/"), "bias")) in torch_shapes:
-            model = other
-    rows = torch_shapes.get(torch_name(model, ("params", *model.class_layer.split("/"), "bias")))
+    own = create_model(name)
+    # What every library calls otherwise.
+    signs = {library: create_model(name, library=library) for library in own.libraries}
+    signs = {torch_name(model, ("params", model.after[0], "bias")): model for model in signs.values()}
+    model = next((model for sign, model in signs.items() if sign in torch_shapes), own)
+    class_names = _all_names(model, ("params", *model.class_layer.split("/"), "bias"))
+    rows = next((torch_shapes[key] for key in class_names if key in torch_shapes), None)
     tables = {}
     for table in model.backbone.position_tables:
         key = torch_name(model, ("params", "backbone", *table.path.split("/")[1:]))
@@ -85,6 +85,7 @@ def from_state_dict(model: DenseNetwork, state_dict: Mapping) -> dict:
     arrays = {key: np.asarray(value) for key, value in state_dict.items() if not IGNORED.search(key)}
     if _is_split(model):
         arrays = detr_names.join(arrays)
+    arrays = _once(model, arrays)
     shapes, expected = _shapes(model), torch_shapes(model)
     found = {key: array.shape for key, array in arrays.items()}
     if problems := names.compare(found, expected):
@@ -100,7 +101,12 @@ def to_state_dict(model: DenseNetwork, variables: Mapping) -> dict[str, np.ndarr
     """PyTorch state dict of `model`; inverse of `from_state_dict`, bit for bit, but for the normaliser of losses."""
     flat = traverse_util.flatten_dict(variables)
     flat.pop(NORMALISER, None)
-    state_dict = {torch_name(model, path): _to_torch(path, np.asarray(value)) for path, value in flat.items()}
+    state_dict = {
+        key: array
+        for path, value in flat.items()
+        for array in [_to_torch(path, np.asarray(value))]
+        for key in _all_names(model, path)
+    }
     if _is_split(model):
         state_dict = detr_names.split(state_dict)
     means = [key for key in state_dict if key.endswith(".running_mean")]
@@ -116,12 +122,30 @@ def torch_name(model: DenseNetwork, path: Path) -> str:
     """PyTorch's name of the variable at a path, collection first."""
     name = names.torch_name(path)
     if model.libraries:
-        return detr_names.renamed(name, model.library)
+        return detr_names.renamed(name, model)
     if model.library != "detectron2":
         return re.sub(r"((?:\w+_)?convs\.\d+)\.", r"\1.conv.", name)
     prefixes = _detectron2(tuple(model.backbone.strides[i] for i in model.levels))
     first = next(prefix for prefix in prefixes if name.startswith(prefix + "."))
     return prefixes[first] + name.removeprefix(first)
+
+
+def _all_names(model: DenseNetwork, path: Path) -> list[str]:
+    """PyTorch's name, and those under which files have the same array once more."""
+    twins = detr_names.twins(names.torch_name(path), model)
+    return [torch_name(model, path), *(detr_names.renamed(twin, model) for twin in twins)]
+
+
+def _once(model: DenseNetwork, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays by their first names; raises `ValueError` where those of the others differ."""
+    for path in _shapes(model):
+        first, *others = _all_names(model, path)
+        for key in others:
+            if key in arrays:
+                array = arrays.pop(key)
+                if not np.array_equal(arrays.setdefault(first, array), array, equal_nan=True):
+                    raise ValueError(f"{key} differs from {first}: expected the same array")
+    return arrays
 
 
 @functools.lru_cache
