@@ -14,7 +14,12 @@ from ml_collections import ConfigDict
 from vitpyramid.configs import base
 
 FAMILIES = ("pvt", "pit", "t2t_vit", "rest")
-DENSE = {"detect": "retinanet_pvt_micro", "mask": "mask_rcnn_pvt_micro", "segment": "semantic_fpn_pvt_micro"}
+DENSE = {
+    "detect": "retinanet_pvt_micro",
+    "deformable_detr": "deformable_detr_pit_micro",
+    "mask": "mask_rcnn_pvt_micro",
+    "segment": "semantic_fpn_pvt_micro",
+}
 
 
 def get_config(family: str = "pvt") -> ConfigDict:
@@ -81,4 +86,10 @@ def _scenes(entry: str) -> ConfigDict:
 
     config.eval.batch_size = 40
     config.eval.every_epochs = config.checkpoint.every_epochs = 1.2
+    return _deformable_detr(config) if entry == "deformable_detr" else config
+
+
+def _deformable_detr(config: ConfigDict) -> ConfigDict:
+    config.batch_size, config.epochs = 16, 10.0
+    config.eval.every_epochs = config.checkpoint.every_epochs = 2.0
     return config

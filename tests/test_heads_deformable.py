@@ -79,7 +79,50 @@ class Maps(nn.Module):
         self.maps = [self.param(f"map{i}", nn.initializers.zeros, shape) for i, shape in enumerate(self.shapes)]
 
     def features(self, images, train=False):
-        return tuple(Level(x, stride) for x, stride in zip(self.maps, self.strides, strict=True))
+        return tuple(Level(x, stride) for x, stride in zip(self.maps, self.strides, strict=False))
+
+
+def network(meta, maps, **options) -> DeformableDETR:
+    fields = {
+        "num_classes": "num_classes",
+        "channels": "hidden",
+        "heads": "heads",
+        "points": "points",
+        "ffn_channels": "ffn",
+        "encoder_layers": "enc_layers",
+        "decoder_layers": "dec_layers",
+        "feature_levels": "num_feature_levels",
+        "queries": "num_queries",
+    }
+    options |= {field: meta[name] for field, name in fields.items()}
+    below = Maps(tuple(x.shape for x in maps.values()))
+    return DeformableDETR(backbone=below, levels=tuple(range(len(maps))), dtype=jnp.float64, **options)
+
+
+def wide(tree):
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), tree)
+
+
+def targets_of(golden):
+    """Ground truth, in more slots than there are boxes, and sizes of the images."""
+    meta = golden.meta
+    sizes = np.array(meta["img_shapes"])
+    meta["gt_boxes"] = [
+        np.asarray(from_centres(np.array(boxes) * [width, height, width, height]))
+        for boxes, (height, width) in zip(meta["gt_boxes_cxcywh"], sizes, strict=True)
+    ]
+    return padded_targets(golden, 6), sizes
+
+
+def check_gradients(golden, gradients, weights, maps):
+    errors = golden.gradient_errors(gradients, weights)
+    assert max(errors.values()) < EXACT, errors
+    for i, key in enumerate(maps):
+        assert golden.error(f"grad_features{i}", nchw(gradients[key])) < EXACT
+
+
+# Losses by the originals' names: ours, and their weights.
+PARTS = {"loss_ce": ("loss_cls", 2), "loss_bbox": ("loss_bbox", 5), "loss_giou": ("loss_giou", 2)}
 
 
 @pytest.mark.parametrize("stem", ["deformable_detr", "deformable_detr_refine"])
@@ -89,26 +132,10 @@ def test_original(stem):
     meta = golden.meta
     weights = golden.state_dict()
     maps = {f"backbone.0.body.map{i}": golden.input(f"features{i}").transpose(0, 2, 3, 1) for i in range(3)}
-    model = DeformableDETR(
-        backbone=Maps(tuple(x.shape for x in maps.values())),
-        levels=(0, 1, 2),
-        num_classes=meta["num_classes"],
-        channels=meta["hidden"],
-        heads=meta["heads"],
-        points=meta["points"],
-        ffn_channels=meta["ffn"],
-        encoder_layers=meta["enc_layers"],
-        decoder_layers=meta["dec_layers"],
-        feature_levels=meta["num_feature_levels"],
-        queries=meta["num_queries"],
-        refine=meta["with_box_refine"],
-        dtype=jnp.float64,
-    )
-    variables = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), from_state_dict(model, weights | maps))
-    images, sizes = jnp.zeros((2, *meta["canvas"], 3)), np.array(meta["img_shapes"])
-    pixels = [np.tile(size[::-1], 2) for size in sizes]
-    meta["gt_boxes"] = [from_centres(np.array(of)) * side for of, side in zip(meta["gt_boxes_cxcywh"], pixels, strict=True)]
-    targets = padded_targets(golden, 6)
+    model = network(meta, maps, refine=meta["with_box_refine"])
+    variables = wide(from_state_dict(model, weights | maps))
+    images = jnp.zeros((2, *meta["canvas"], 3))
+    targets, sizes = targets_of(golden)
 
     @jax.jit
     def run(params):
@@ -133,23 +160,63 @@ def test_original(stem):
             for slot in np.flatnonzero(targets.valid[image]):
                 found[query[layer, image, slot]] = slot
             assert (found == golden.array(f"match/layer{layer}_image{image}")).all()
-    names = {"loss_ce": "loss_cls", "loss_bbox": "loss_bbox", "loss_giou": "loss_giou"}
     for layer in range(layers):
-        for theirs, ours in names.items():
+        for theirs, (ours, weight) in PARTS.items():
             key = f"loss/{theirs}" if layer == layers - 1 else f"loss/{theirs}_{layer}"
-            unweighted = losses[ours][layer] / getattr(deformable_detr.WEIGHTS, ours.removeprefix("loss_"))
-            assert golden.error(key, unweighted[None]) < EXACT, key
+            assert golden.error(key, losses[ours][layer, None] / weight) < EXACT, key
     total = sum(value.sum() for value in losses.values())
     assert golden.error("loss/total", total[None]) < EXACT
-    found = to_state_dict(model, {"params": gradients})
-    errors = golden.gradient_errors(found, weights)
-    assert max(errors.values()) < EXACT, errors
-    for i, key in enumerate(maps):
-        assert golden.error(f"grad_features{i}", nchw(found[key])) < EXACT
+    check_gradients(golden, to_state_dict(model, {"params": gradients}), weights, maps)
     factors = sizes / np.array(meta["ori_shapes"])
     found = rescale(detections, factors)
     for key in ("boxes", "scores", "labels"):
         assert golden.error(f"det/{key}", getattr(found, key)) < EXACT, key
+
+
+def test_two_stages():
+    """Against HuggingFace's: proposals, what the decoder makes of them, losses, gradients; names in memory and in files."""
+    golden = DenseGolden("deformable_detr_huggingface")
+    meta, weights = golden.meta, golden.state_dict()
+    maps = {
+        f"model.backbone.conv_encoder.model.map{i}": golden.input(f"features{i}").transpose(0, 2, 3, 1)
+        for i in range(2)
+    }
+    model = network(meta, maps, refine=True, two_stage=True, library="huggingface")
+    variables = from_state_dict(model, weights | maps)
+    back = to_state_dict(model, variables)
+    assert back.keys() - maps.keys() == weights.keys() | {
+        key.removeprefix("model.decoder.") for key in weights if "class_embed" in key or "bbox_embed" in key
+    }
+    in_memory = {key.replace(".out_proj.", ".o_proj.").replace(".fc", ".mlp.fc"): back[key] for key in back}
+    assert set(meta["memory"]) <= in_memory.keys()
+    again = from_state_dict(model, {key: in_memory[key] for key in [*meta["memory"], *maps]})
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), variables, again))
+    with pytest.raises(ValueError, match=r"class_embed\.1\.bias differs from|differs from class_embed\.1\.bias"):
+        from_state_dict(model, back | {"class_embed.1.bias": np.zeros(meta["num_classes"])})
+
+    targets, sizes = targets_of(golden)
+    images = jnp.zeros((2, *meta["canvas"], 3))
+
+    @jax.jit
+    def run(params):
+        def loss(params):
+            predictions = model.apply({"params": params}, images, sizes, method="predict")
+            losses = model.losses_of(predictions, targets, sizes)
+            return sum(value[-1] for value in losses.values()), (predictions, losses)
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    (_, (predictions, losses)), gradients = run(wide(variables["params"]))
+    proposed_logits, proposed_boxes = predictions.proposed
+    # Cells beyond the image are no candidates, but have positions that are of no meaning in transformers' numbers too.
+    assert golden.error("proposed/logits", proposed_logits[0]) < EXACT
+    assert golden.error("proposed/boxes", proposed_boxes[0]) < EXACT
+    assert golden.error("logits", predictions.logits[-1]) < EXACT
+    assert golden.error("boxes", predictions.boxes[-1]) < EXACT
+    for theirs, (ours, weight) in PARTS.items():
+        for kind in ("", "_enc"):
+            assert golden.error(f"loss/{theirs}{kind}", losses[f"{ours}{kind}"][-1:] / weight) < EXACT
+    check_gradients(golden, to_state_dict(model, {"params": gradients}), weights, maps)
 
 
 def test_positions_and_padding():

@@ -235,8 +235,8 @@ class DeformableDETR(DenseNetwork, kw_only=True):
       queries: objects that are looked for, of which most are none.
       refine: each layer of the decoder has a head of its own, and looks around the boxes of the one before it
         (iterative bounding box refinement, appendix A.4).
-      two_stage: the decoder begins with the boxes that the encoder finds best, not with learned queries; needs
-        `refine`.
+      two_stage: the decoder begins with the boxes that the encoder finds best, not with learned queries: as many as
+        there are `queries`, or cells. It needs `refine`.
       head_drop_rate: dropout in the transformer.
       most_detections: returned at most; a query can be several.
       clip: detected boxes are cut at the image's border, which the authors do not do.
@@ -353,7 +353,7 @@ class DeformableDETR(DenseNetwork, kw_only=True):
         memory = self.transformer.encode(cells, positions, train)
         if self.two_stage:
             proposed = self._propose(memory)
-            _, best = jax.lax.top_k(proposed[0][0, ..., 0], self.queries)
+            _, best = jax.lax.top_k(proposed[0][0, ..., 0], min(self.queries, memory.x.shape[1]))
             boxes = jnp.take_along_axis(proposed[1][0], best[..., None], axis=1)
             begin = self.transformer.begin_at(jax.lax.stop_gradient(boxes))
         else:

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from vitpyramid.heads import mask_rcnn, retinanet
+from vitpyramid.heads.deformable_detr import DeformableDETR
 from vitpyramid.heads.detr import DETR
 from vitpyramid.heads.mask_rcnn import MaskRCNN
 from vitpyramid.heads.network import DenseNetwork
@@ -47,6 +48,9 @@ DENSE: dict[str, DenseVariant] = {
     **_standing_on("rest", _REST_DROP_PATH, "mask_rcnn", MaskRCNN, **mask_rcnn.DETECTRON2),
     **_standing_on("pvt", dict.fromkeys(_PVT_DROP_PATH, 0.1), "semantic_fpn", SemanticFPN),
     "detr_pvt_small": DenseVariant(DETR, "pvt_small", {"drop_path_rate": 0.1}),
+    "deformable_detr_pit_s": DenseVariant(DeformableDETR, "pit_s", {}),
+    "deformable_detr_refine_pit_s": DenseVariant(DeformableDETR, "pit_s", {"refine": True}),
+    "deformable_detr_two_stage_pit_s": DenseVariant(DeformableDETR, "pit_s", {"refine": True, "two_stage": True}),
 }
 
 
@@ -83,6 +87,23 @@ DENSE |= {
             "decoder_layers": 3,
             "queries": 20,
             "head_drop_rate": 0.0,
+            "num_classes": 10,
+        },
+    ),
+    "deformable_detr_pit_micro": DenseVariant(
+        DeformableDETR,
+        "pit_micro",
+        {
+            "channels": 64,
+            "heads": 4,
+            "ffn_channels": 128,
+            "encoder_layers": 1,
+            "decoder_layers": 3,
+            "feature_levels": 3,
+            "queries": 20,
+            "refine": True,
+            "head_drop_rate": 0.0,
+            "most_detections": 20,
             "num_classes": 10,
         },
     ),
