@@ -293,6 +293,24 @@ REST_DETECTION = {
     "optim.weight_decay": 0.05,
     "optim.decay_norms": False,
 }
+DETR = {
+    "task": "detect",
+    "batch_size": 16,
+    "epochs": 50.0,
+    "data.masks": False,
+    "data.resize": "mmdet",
+    "data.interpolation": "opencv",
+    "data.short_side": [640, 672, 704, 736, 768, 800],
+    "data.short_side_range": False,
+    "data.long_side": 1333,
+    "data.eval_short_side": 800,
+    "loss.images_per_group": 0,
+    "model.drop_path_rate": 0.1,
+    "optim.lr_rules": [["^backbone/", 0.1], [".*", 1.0]],
+    "optim.weight_decay": 1e-4,
+    "optim.decay_vectors": True,
+    "optim.clip_norm": 0.1,
+}
 SEGMENTATION = {
     "task": "segment",
     "batch_size": 32,
@@ -328,6 +346,7 @@ DENSE_RECIPES = {
         {**REST_DETECTION, "model.drop_path_rate": 0.2}, 90_000, {0: 1e-7, 1000: 1e-4, 60_000: 1e-5, 80_000: 1e-6}
     ),
     "detect:mask_rcnn_rest_small": ({**REST_DETECTION, **MASKS}, 90_000, {59_999: 1e-4}),
+    "detr:detr_pvt_small": (DETR, 366_500, {0: 1e-4, 241_889: 1e-4, 241_890: 1e-5}),
     "segment:semantic_fpn_pvt_small": (SEGMENTATION, 40_000, {0: 2e-4, 20_000: 2e-4 * 0.5**0.9, 39_999: 1.442e-8}),
 }  # fmt: skip
 

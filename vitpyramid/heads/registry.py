@@ -81,6 +81,7 @@ DENSE |= {
         DETR,
         "pvt_micro",
         {
+            "levels": (2,),
             "channels": 128,
             "ffn_channels": 256,
             "encoder_layers": 2,
@@ -141,6 +142,7 @@ def create_model(name: str, backbone: str | Backbone | None = None, **overrides)
     Args:
       name: one of `list_models()`.
       backbone: of a network for dense prediction, what its heads stand on: a name, or a module; None: its own.
+        Under another than its own the variant's `drop_path_rate` and `levels` do not count.
       **overrides: fields of the family's module to change, e.g. `num_classes`, `dtype`, `drop_path_rate`, `image_size`.
         Of a network for dense prediction: fields of the heads' module, and of the backbone's where the heads have no
         such field; `dtype` and `remat` go to both.
@@ -162,11 +164,12 @@ def create_model(name: str, backbone: str | Backbone | None = None, **overrides)
         return registry.create_model(name, **overrides)
     variant = DENSE[name]
     options = variant.options | overrides
-    of_heads = {f.name for f in dataclasses.fields(variant.network)} - {"name", "parent", "backbone", "levels"}
+    of_heads = {f.name for f in dataclasses.fields(variant.network)} - {"name", "parent", "backbone"}
     heads = {key: value for key, value in options.items() if key in of_heads}
     below = {key: value for key, value in options.items() if key not in of_heads or key in ("dtype", "remat")}
-    if backbone is not None and "drop_path_rate" not in overrides:
-        below.pop("drop_path_rate", None)
+    if backbone is not None:
+        for key in {"drop_path_rate", "levels"} - overrides.keys():
+            below.pop(key, None), heads.pop(key, None)
     if not isinstance(backbone, Backbone):
         backbone = registry.create_model(backbone or variant.backbone)
     of_backbone = {f.name for f in dataclasses.fields(backbone)} - {"name", "parent", "num_classes"}
@@ -174,5 +177,5 @@ def create_model(name: str, backbone: str | Backbone | None = None, **overrides)
         raise TypeError(f"{name} has no option {min(unknown)!r}; expected one of {', '.join(of_heads | of_backbone)}")
     registry.check_options(options)
     network = backbone.clone(**below)
-    levels = variant.network.levels_of(network.strides)
-    return variant.network(backbone=network.dense(levels), levels=levels, **heads)
+    heads = {"levels": variant.network.levels_of(network.strides), **heads}
+    return variant.network(backbone=network.dense(heads["levels"]), **heads)
