@@ -101,6 +101,6 @@ def _detr(config: ConfigDict) -> ConfigDict:
 
 def _deformable_detr(config: ConfigDict) -> ConfigDict:
     config.batch_size, config.epochs = 8, 5.0
-    config.optim.lr, config.optim.weight_decay = 6e-4, 1e-4
+    config.optim.lr = 6e-4
     config.eval.every_epochs = config.checkpoint.every_epochs = 1.0
     return config

@@ -48,9 +48,11 @@ DENSE: dict[str, DenseVariant] = {
     **_standing_on("rest", _REST_DROP_PATH, "mask_rcnn", MaskRCNN, **mask_rcnn.DETECTRON2),
     **_standing_on("pvt", dict.fromkeys(_PVT_DROP_PATH, 0.1), "semantic_fpn", SemanticFPN),
     "detr_pvt_small": DenseVariant(DETR, "pvt_small", {"drop_path_rate": 0.1}),
-    "deformable_detr_pit_s": DenseVariant(DeformableDETR, "pit_s", {}),
-    "deformable_detr_refine_pit_s": DenseVariant(DeformableDETR, "pit_s", {"refine": True}),
-    "deformable_detr_two_stage_pit_s": DenseVariant(DeformableDETR, "pit_s", {"refine": True, "two_stage": True}),
+    "deformable_detr_pit_s": DenseVariant(DeformableDETR, "pit_s", {"drop_path_rate": 0.1}),
+    "deformable_detr_refine_pit_s": DenseVariant(DeformableDETR, "pit_s", {"drop_path_rate": 0.1, "refine": True}),
+    "deformable_detr_two_stage_pit_s": DenseVariant(
+        DeformableDETR, "pit_s", {"drop_path_rate": 0.1, "refine": True, "two_stage": True}
+    ),
 }
 
 
