@@ -154,10 +154,12 @@ def test_a_detection_run_stopped_and_resumed_ends_with_the_same_bits(tmp_path):
 
 
 def test_losses_are_summed_and_named():
-    total, metrics = dense.loss({"loss_cls": jnp.array([1.0, 2.0]), "loss_bbox": jnp.array(0.5)}, {})
-    assert (total, metrics["loss_cls"].compute(), set(metrics)) == (3.5, 3.0, {"loss_cls", "loss_bbox"})
-    assert detect.words({"loss": 1.0, "box_AP": 0.367, "box_APs": 0.2, "ema_mask_AP50": 0.5, "skipped": 2.0}) == (
-        "loss 1.0000  box_AP 36.7  ema_mask_AP50 50.0  2 images skipped"
+    counted = dense.counted({"dropped": jnp.array([0, 3]), "size": jnp.ones((2, 2))})
+    total, metrics = dense.loss({"loss_cls": jnp.array([1.0, 2.0]), "loss_bbox": jnp.array(0.5)}, counted)
+    assert (total, metrics["loss_cls"].compute(), set(metrics)) == (3.5, 3.0, {"loss_cls", "loss_bbox", "dropped"})
+    values = {"loss": 1.0, "box_AP": 0.367, "box_APs": 0.2, "ema_mask_AP50": 0.5, "skipped": 2.0}
+    assert detect.words(values | {"dropped": float(metrics["dropped"].compute())}) == (
+        "loss 1.0000  box_AP 36.7  ema_mask_AP50 50.0  3 objects beyond data.max_boxes  2 images skipped"
     )
     assert segment.words({"mIoU": 0.419, "loss": 2.0, "loss_seg": 2.0}) == "loss 2.0000  mIoU 41.90"
 

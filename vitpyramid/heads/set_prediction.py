@@ -18,7 +18,7 @@ import optax
 from vitpyramid.heads import boxes as box
 from vitpyramid.heads import losses
 from vitpyramid.heads.detector import Detections, Targets
-from vitpyramid.models.sharding import by_device
+from vitpyramid.models.sharding import map_rows
 
 # Of the cross entropy of queries without a box (section 3.1).
 NO_OBJECT = 0.1
@@ -49,12 +49,14 @@ def match(cost: jax.Array, valid: jax.Array) -> jax.Array:
       int32 `[..., B, G]`: the query of each box; Q where there is none: in slots that are not valid and, in images with
       more boxes than queries, of those that are left over.
     """
-    return by_device(_match, axis=cost.ndim - 3)(cost, jnp.broadcast_to(valid, (*cost.shape[:-2], valid.shape[-1])))
+    rows = jnp.moveaxis(cost, -3, 0)
+    return jnp.moveaxis(map_rows(_match, rows, valid), 0, -2)
 
 
 def _match(cost: jax.Array, valid: jax.Array) -> jax.Array:
-    *batch, q, g = cost.shape
-    cost, valid = cost.reshape(-1, q, g).swapaxes(1, 2), valid.reshape(-1, g, 1)
+    """Of an image: `[..., Q, G]` and `[G]` -> `[..., G]`."""
+    *layers, q, g = cost.shape
+    cost, valid = cost.reshape(-1, q, g).swapaxes(1, 2), valid[:, None]
     known = jnp.isfinite(cost) & valid
     # Dearer than any difference that one box left out can make to the others.
     high = 1 + 2 * g * jnp.where(known, jnp.abs(cost), 0).max(axis=(1, 2), keepdims=True)
@@ -67,7 +69,7 @@ def _match(cost: jax.Array, valid: jax.Array) -> jax.Array:
         slot, query = optax.assignment.hungarian_algorithm(costs)
         return jnp.zeros(g, jnp.int32).at[slot].set(jnp.minimum(query, q).astype(jnp.int32))
 
-    return jax.vmap(solve)(whole).reshape(*batch, g)
+    return jax.vmap(solve)(whole).reshape(*layers, g)
 
 
 def normalised(targets: Targets, sizes: jax.Array) -> jax.Array:

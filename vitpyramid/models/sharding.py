@@ -16,23 +16,24 @@ def shard_batch(x: jax.Array) -> jax.Array:
     Without this at block boundaries the compiler shards activations over features when parameters are sharded,
     which costs a gather of the whole batch in every block.
     """
-    axes = tuple(axis for axis in BATCH_AXES if axis in jax.sharding.get_abstract_mesh().axis_names)
+    axes = _batch_axes()
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
 
 
-def by_device(function: Callable, axis: int) -> Callable:
-    """A function of arrays, split over the mesh's batch axes along `axis`, that each device calls with its own part.
+def map_rows(function: Callable, *rows):
+    """`jax.vmap(function)(*rows)`, each device of the mesh by itself for its own rows.
 
-    For loops that run until all rows are done: as one program over the mesh every round of them would wait for all
-    devices. No mesh, or rows that it does not divide: no effect.
+    For sorts and for loops whose turns depend on the data: left to the compiler, devices gather the whole batch for the
+    former and ask one another in every turn of the latter whether it was the last.
     """
+    axes = _batch_axes()
+    devices = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
+    mapped, spec = jax.vmap(function), PartitionSpec(axes)
+    if devices > 1 and len(jax.tree.leaves(rows)[0]) % devices == 0:
+        mapped = jax.shard_map(mapped, in_specs=spec, out_specs=spec, check_vma=False)
+    return mapped(*rows)
 
-    def call(*arrays: jax.Array) -> jax.Array:
-        mesh = jax.sharding.get_abstract_mesh()
-        axes = tuple(name for name in BATCH_AXES if name in mesh.axis_names)
-        if not axes or any(x.shape[axis] % math.prod(mesh.shape[name] for name in axes) for x in arrays):
-            return function(*arrays)
-        spec = PartitionSpec(*(None,) * axis, axes)
-        return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
 
-    return call
+def _batch_axes() -> tuple[str, ...]:
+    """Those of the mesh that is set."""
+    return tuple(axis for axis in BATCH_AXES if axis in jax.sharding.get_abstract_mesh().axis_names)

@@ -133,6 +133,7 @@ def batch(
     else:
         slots = settings.max_boxes
         shapes |= {"boxes": ((slots, 4), jnp.float32), "labels": ((slots,), jnp.int32), "valid": ((slots,), jnp.bool_)}
+        shapes["dropped"] = (), jnp.int32
         if settings.masks:
             shapes["masks"] = (slots, height, -(-width // 8)), jnp.uint8
     if settings.on_corrupt == "skip":
@@ -195,19 +196,20 @@ def make_task(
 
 
 def loss(losses: Mapping[str, jax.Array], counted: Batch) -> tuple[jax.Array, Metrics]:
-    """The sum of a network's losses, each of them, and how many rows were `counted`."""
+    """The sum of a network's losses, each of them, and what is `counted`."""
     totals = {name: value.sum() for name, value in losses.items()}
     metrics = {name: clu_metrics.Average.from_model_output(value) for name, value in totals.items()}
     return sum(totals.values()), metrics | sums(counted)
 
 
 def counted(batch: Batch) -> Batch:
-    """Of the rows of a batch what is counted in words: whether another image stands for one that cannot be read."""
-    return {name: rows for name, rows in batch.items() if name == "skipped"}
+    """Of the rows of a batch what is counted in words: whether another image stands for one that cannot be read, and
+    objects for which there is no slot."""
+    return {name: rows for name, rows in batch.items() if name in ("skipped", "dropped")}
 
 
 def sums(counted: Batch) -> Metrics:
-    """How many rows were counted."""
+    """Of all rows."""
     return {name: Sum.from_model_output(rows) for name, rows in counted.items()}
 
 

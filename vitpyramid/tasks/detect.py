@@ -84,4 +84,6 @@ def words(values: Mapping[str, float]) -> str:
     text = [f"{name} {value:.4f}" for name, value in values.items() if name.startswith("loss")]
     kinds = ("_AP", "_AP50", "_AP75")
     text += [f"{name} {100 * value:.1f}" for name, value in values.items() if name.endswith(kinds)]
+    if values.get("dropped"):
+        text.append(f"{values['dropped']:.0f} objects beyond data.max_boxes")
     return "  ".join([*text, *options.skipped(values)])
