@@ -1,10 +1,10 @@
 """What the TPU's compiler estimates the parts of detectors that are no convolutions to cost, without a TPU.
 
-    python benchmarks/tpu_dense.py [--parts "roi boxes" "assign anchors"] [--by_operation=5]
+    python benchmarks/tpu_dense.py [--parts "roi boxes" "rpn samples"] [--by_operation=5]
 
-Needs `jax[tpu]`. Each part is compiled by itself for one device, at the sizes of the papers: canvases of 800 x 1344, two
-images, 100 boxes an image, 256 channels in bfloat16; parts that learn with their backward pass. Loops whose turns are not
-known before they run count once. Whole steps: `main.py --config=configs/detect.py:... --mode=preflight`.
+Needs `jax[tpu]`. Each part is compiled by itself for one device, at the sizes of the papers: canvases of 800 x 1344,
+two images, 100 boxes an image, 256 channels in bfloat16; parts that learn with their backward pass. Loops whose turns
+are not known before they run count once. Whole steps: `main.py --config=configs/detect.py:... --mode=preflight`.
 """
 
 import argparse
@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from vitpyramid.heads import matching, masks
+from vitpyramid.heads import masks
 from vitpyramid.heads.detector import Targets
-from vitpyramid.heads.mask_rcnn import MaskRCNN
 from vitpyramid.heads.registry import create_model
 from vitpyramid.heads.retinanet import Predictions
 from vitpyramid.heads.rpn import Objectness, Proposals
@@ -96,22 +95,23 @@ PARTS = {
         (*PREDICTIONS, SIZES),
     ),
     "rpn samples": (
-        lambda targets, sizes, keys: of_heads(lambda n, *args: n.rpn_head.samples_of(FINE, *args))(targets, sizes, keys),
+        of_heads(lambda network, *args: network.rpn_head.samples_of(FINE, *args)),
         (TARGETS, SIZES, KEYS),
     ),
     "rpn proposals": (
-        lambda objectness, sizes: of_heads(lambda n, *args: n.rpn_head.propose(args[0], FINE, args[1], 2000, 1000))(
-            objectness, sizes
-        ),
+        of_heads(lambda network, *args: network.rpn_head.propose(args[0], FINE, args[1], 2000, 1000)),
         (OBJECTNESS, SIZES),
     ),
     "roi samples": (
-        of_heads(lambda n, *args: n.roi_head.regions(*args)),
+        of_heads(lambda network, *args: network.roi_head.regions(*args)),
         (Proposals(array(1000, 4), array(1000), array(1000, dtype=jnp.bool_)), TARGETS, KEYS),
     ),
     "mask targets": (
-        jax.vmap(lambda packed, boxes, match: masks.mask_targets(
-            jnp.unpackbits(packed, axis=-1, count=CANVAS[1]).astype(bool), boxes, match, 28)),
+        jax.vmap(
+            lambda packed, boxes, match: masks.mask_targets(
+                jnp.unpackbits(packed, axis=-1, count=CANVAS[1]).astype(bool), boxes, match, 28
+            )
+        ),
         (array(SLOTS, CANVAS[0], CANVAS[1] // 8, dtype=jnp.uint8), array(128, 4), array(128, dtype=jnp.int32)),
     ),
 }

@@ -75,11 +75,11 @@ def _scenes(entry: str) -> ConfigDict:
 
     data = config.data
     data.name, data.eval_split = "scenes", "test"
-    data.image_size = 96  # of the position tables
+    data.image_size = 64  # of the position tables
     data.interpolation, data.flip, data.threads = "bilinear", 0.0, 2
-    data.short_side, data.long_side, data.eval_short_side = (96,), 96, 96
-    data.canvas = data.eval_canvas = ((96, 96),)
-    data.max_boxes, data.masks = 6, entry == "mask"
+    data.short_side, data.long_side, data.eval_short_side = (64,), 64, 64
+    data.canvas = data.eval_canvas = ((64, 64),)
+    data.max_boxes, data.masks = 3, entry == "mask"
 
     config.optim.lr, config.optim.lr_batch = 1e-3 if entry == "segment" else 4e-4, 0
     config.optim.clip_norm = 10.0

@@ -202,5 +202,5 @@ def test_names_say_the_library():
         shapes = {key: array.shape for key, array in state_dict.items()}
         found = network_of(name, shapes)
         assert found.pop("library", "mmdetection") == library
-        assert found == {"name": name, "num_classes": 4, "image_size": 64}
+        assert found == {"name": name, "backbone": "", "num_classes": 4, "image_size": 64}
         assert flax_to_torch(name, torch_to_flax(name, state_dict), library).keys() == state_dict.keys()

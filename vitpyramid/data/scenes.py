@@ -1,8 +1,8 @@
 """Scenes composed of scikit-learn's handwritten digits, with boxes, masks and label maps: nothing to download.
 
-A scene is a dark, textured ground, 96 to 128 pixels high and wide, with up to four digits of 36 to 64 pixels in a light
-colour each. Later digits lie on top of earlier ones, of which they hide at most 20 %. Scenes of the training split are made of
-the digits of `Digits`' training split, those of the test split of the others.
+A scene is a dark, textured ground, 64 to 80 pixels high and wide, with up to three digits of 26 to 42 pixels in a light
+colour each. Later digits lie on top of earlier ones, of which they hide at most 20 %. Scenes of the training split are
+made of the digits of `Digits`' training split, those of the test split of the others.
 """
 
 import dataclasses
@@ -20,9 +20,9 @@ from vitpyramid.data.splits import split_ranges
 
 SIZES = {"train": 4000, "test": 400}  # scenes
 CATEGORIES = tuple("0123456789")
-_MOST = 4  # digits
-_SIDES = (36, 64)
-_LENGTHS = (96, 128)
+_MOST = 3  # digits
+_SIDES = (26, 42)
+_LENGTHS = (64, 80)
 _HIDDEN = 0.2  # share of a digit's pixels
 _TRIES = 10
 _CONTRAST = 100  # levels of luma from the ground's mean to a digit, at least

@@ -265,14 +265,10 @@ class DeformableDETR(DenseNetwork, kw_only=True):
 
     @property
     def after(self) -> tuple[str, ...]:
-        """By number: projections of levels, and heads."""
-        heads = range(self._heads)
-        return (
-            *(f"input_proj_{level}_{part}" for level in range(self.feature_levels) for part in (0, 1)),
-            "query_embed",
-            "transformer",
-            *(f"{kind}_embed_{i}" for kind in ("class", "bbox") for i in heads),
-        )
+        """Projections of levels, and heads, are numbered."""
+        projections = (f"input_proj_{level}_{part}" for level in range(self.feature_levels) for part in (0, 1))
+        heads = (f"{kind}_embed_{i}" for kind in ("class", "bbox") for i in range(self._heads))
+        return (*projections, *(() if self.two_stage else ("query_embed",)), "transformer", *heads)
 
     @staticmethod
     def levels_of(strides: Sequence[int]) -> tuple[int, ...]:

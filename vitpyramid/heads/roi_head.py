@@ -181,9 +181,7 @@ class RoIHead(nn.Module):
             classes = jnp.where(positive, labels[match], self.num_classes)
             return Regions(boxes, classes, match, positive, chosen, index)
 
-        return map_rows(
-            of_image, proposals.boxes, proposals.valid, targets.boxes, targets.labels, targets.valid, keys
-        )
+        return map_rows(of_image, proposals.boxes, proposals.valid, targets.boxes, targets.labels, targets.valid, keys)
 
     def losses(self, levels: tuple[Level, ...], regions: Regions, targets: Targets) -> dict[str, jax.Array]:
         """Cross-entropy of classes, L1 loss of positives' deltas, binary cross-entropy of their masks: `[]` each."""
