@@ -48,7 +48,7 @@ def tiny(entry, **changes):
     return config
 
 
-@pytest.mark.parametrize("entry", ("detect", "mask", "segment"))
+@pytest.mark.parametrize("entry", ("detect", "detr", "mask", "segment"))
 def test_batches_are_as_the_task_says(entry):
     config = tiny(entry)
     validate(config, base.get_config(), 8)

@@ -107,17 +107,26 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Encoder and decoder (section 3.2)."""
+    """Encoder and decoder (section 3.2).
 
-    encoder: Encoder
-    decoder: Decoder
+    Attributes:
+      encoder_layer, decoder_layer: make a layer, given `train` and its `name`; there are as many as the depths say.
+    """
 
+    encoder_layer: Callable[..., nn.Module]
+    encoder_depth: int
+    decoder_layer: Callable[..., nn.Module]
+    decoder_depth: int
+    dtype: jnp.dtype
+
+    @nn.compact
     def __call__(
         self, x: jax.Array, positions: jax.Array, padding: jax.Array, queries: jax.Array, train: bool
     ) -> jax.Array:
         """The map and its positions `[B, N, C]`, padding bool `[B, N]`, queries `[B, Q, C]` -> `[L, B, Q, C]`."""
-        memory = self.encoder(x, positions, padding, train)
-        return self.decoder(queries, memory, positions, padding, train)
+        memory = Encoder(self.encoder_layer, self.encoder_depth, name="encoder")(x, positions, padding, train)
+        decoder = Decoder(self.decoder_layer, self.decoder_depth, self.dtype, name="decoder")
+        return decoder(queries, memory, positions, padding, train)
 
 
 class DETR(DenseNetwork, kw_only=True):
@@ -160,23 +169,6 @@ class DETR(DenseNetwork, kw_only=True):
         """The coarsest."""
         return (len(strides) - 1,)
 
-    def setup(self):
-        def layer(kind: type[nn.Module]) -> Callable[..., nn.Module]:
-            kind = nn.remat(kind) if self.remat else kind
-            return functools.partial(kind, self.heads, self.ffn_channels, self.head_drop_rate, self.dtype)
-
-        width = self.backbone.level_dims[self.levels[0]]
-        bias_init = torch_bias_init(width)
-        conv = nn.Conv(self.channels, (1, 1), dtype=self.dtype, kernel_init=torch_kernel_init, bias_init=bias_init)
-        self.input_proj = conv
-        self.query_embed = nn.Embed(self.queries, self.channels, embedding_init=gaussian(1.0))
-        self.transformer = Transformer(
-            Encoder(layer(EncoderLayer), self.encoder_layers),
-            Decoder(layer(DecoderLayer), self.decoder_layers, self.dtype),
-        )
-        self.class_embed = wide_dense(self.num_classes + 1, self.channels, self.dtype)
-        self.bbox_embed = BoxMLP(self.dtype)
-
     def __call__(self, images: jax.Array, train: bool = False) -> Detections:
         """Detections in images that fill the canvas."""
         return self.detect(images, train=train)
@@ -189,6 +181,7 @@ class DETR(DenseNetwork, kw_only=True):
         padding = padding_mask(whole(images, sizes), images.shape[1:3], level.x.shape[1:3])
         return self.decode(level.x, padding, train)
 
+    @nn.compact
     def decode(self, x: jax.Array, padding: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
         """What every layer of the decoder says of a map.
 
@@ -199,13 +192,24 @@ class DETR(DenseNetwork, kw_only=True):
         Returns:
           Logits `[L, B, Q, num_classes + 1]` and boxes `[L, B, Q, 4]` as in `set_prediction`, both at least float32.
         """
-        wide = at_least_float32(self.dtype)
-        positions = sine_positions(padding, self.channels, wide).astype(self.dtype)
-        tokens = [a.reshape(len(x), -1, self.channels) for a in (self.input_proj(x), positions)]
-        queries = self.query_embed.embedding.astype(self.dtype)
-        queries = jnp.broadcast_to(queries, (len(x), *queries.shape))
-        objects = self.transformer(*tokens, padding.reshape(len(x), -1), queries, train)
-        return self.class_embed(objects), jax.nn.sigmoid(self.bbox_embed(objects))
+
+        def layer(kind: type[nn.Module]) -> Callable[..., nn.Module]:
+            kind = nn.remat(kind) if self.remat else kind
+            return functools.partial(kind, self.heads, self.ffn_channels, self.head_drop_rate, self.dtype)
+
+        batch, dim = len(x), self.channels
+        inits = {"kernel_init": torch_kernel_init, "bias_init": torch_bias_init(x.shape[-1])}
+        x = nn.Conv(dim, (1, 1), dtype=self.dtype, **inits, name="input_proj")(x)
+        positions = sine_positions(padding, dim, at_least_float32(self.dtype)).astype(self.dtype)
+        queries = nn.Embed(self.queries, dim, embedding_init=gaussian(1.0), name="query_embed").embedding
+        queries = jnp.broadcast_to(queries.astype(self.dtype), (batch, self.queries, dim))
+
+        encoder, decoder = (layer(EncoderLayer), self.encoder_layers), (layer(DecoderLayer), self.decoder_layers)
+        transformer = Transformer(*encoder, *decoder, self.dtype, name="transformer")
+        tokens = x.reshape(batch, -1, dim), positions.reshape(batch, -1, dim), padding.reshape(batch, -1)
+        objects = transformer(*tokens, queries, train)
+        logits = wide_dense(self.num_classes + 1, dim, self.dtype, "class_embed")(objects)
+        return logits, jax.nn.sigmoid(BoxMLP(self.dtype, name="bbox_embed")(objects))
 
     def losses(
         self, images: jax.Array, targets: Targets, sizes: jax.Array | None = None, train: bool = True

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from vitpyramid.heads import mask_rcnn, retinanet
+from vitpyramid.heads.deformable_detr import DeformableDETR
 from vitpyramid.heads.detr import DETR
 from vitpyramid.heads.mask_rcnn import MaskRCNN
 from vitpyramid.heads.network import DenseNetwork
@@ -47,6 +48,11 @@ DENSE: dict[str, DenseVariant] = {
     **_standing_on("rest", _REST_DROP_PATH, "mask_rcnn", MaskRCNN, **mask_rcnn.DETECTRON2),
     **_standing_on("pvt", dict.fromkeys(_PVT_DROP_PATH, 0.1), "semantic_fpn", SemanticFPN),
     "detr_pvt_small": DenseVariant(DETR, "pvt_small", {"drop_path_rate": 0.1}),
+    "deformable_detr_pit_s": DenseVariant(DeformableDETR, "pit_s", {"drop_path_rate": 0.1}),
+    "deformable_detr_refine_pit_s": DenseVariant(DeformableDETR, "pit_s", {"drop_path_rate": 0.1, "refine": True}),
+    "deformable_detr_two_stage_pit_s": DenseVariant(
+        DeformableDETR, "pit_s", {"drop_path_rate": 0.1, "refine": True, "two_stage": True}
+    ),
 }
 
 
@@ -77,12 +83,30 @@ DENSE |= {
         DETR,
         "pvt_micro",
         {
+            "levels": (1,),
             "channels": 128,
             "ffn_channels": 256,
             "encoder_layers": 2,
             "decoder_layers": 3,
-            "queries": 20,
+            "queries": 10,
             "head_drop_rate": 0.0,
+            "num_classes": 10,
+        },
+    ),
+    "deformable_detr_pit_micro": DenseVariant(
+        DeformableDETR,
+        "pit_micro",
+        {
+            "channels": 64,
+            "heads": 4,
+            "ffn_channels": 128,
+            "encoder_layers": 1,
+            "decoder_layers": 3,
+            "feature_levels": 3,
+            "queries": 20,
+            "refine": True,
+            "head_drop_rate": 0.0,
+            "most_detections": 20,
             "num_classes": 10,
         },
     ),
@@ -125,10 +149,15 @@ FACTS: dict[str, Facts] = {
     "semantic_fpn_pvt_medium": Facts(47_960_214, 48.0, 61.0),
     "semantic_fpn_pvt_large": Facts(65_121_430, 65.1, 79.6),
     "detr_pvt_small": Facts(41_645_141),
+    "deformable_detr_pit_s": Facts(35_444_742),
+    "deformable_detr_refine_pit_s": Facts(36_210_602),
+    # 36.6 published, with 91 classes.
+    "deformable_detr_two_stage_pit_s": Facts(36_539_644),
     "retinanet_pvt_micro": Facts(1_807_390),
     "mask_rcnn_pvt_micro": Facts(1_590_476),
     "semantic_fpn_pvt_micro": Facts(1_701_227),
     "detr_pvt_micro": Facts(2_194_863),
+    "deformable_detr_pit_micro": Facts(1_490_284),
 }
 
 
@@ -165,6 +194,7 @@ def create_model(name: str, backbone: str | Backbone | None = None, **overrides)
     Args:
       name: one of `list_models()`.
       backbone: of a network for dense prediction, what its heads stand on: a name, or a module; None or "": its own.
+        Under another than its own the variant's `drop_path_rate` and `levels` do not count.
       **overrides: fields of the family's module to change, e.g. `num_classes`, `dtype`, `drop_path_rate`, `image_size`.
         Of a network for dense prediction: fields of the heads' module, and of the backbone's where the heads have no
         such field; `dtype` and `remat` go to both.
@@ -186,11 +216,12 @@ def create_model(name: str, backbone: str | Backbone | None = None, **overrides)
         return registry.create_model(name, **overrides)
     variant = DENSE[name]
     options = variant.options | overrides
-    of_heads = {f.name for f in dataclasses.fields(variant.network)} - {"name", "parent", "backbone", "levels"}
+    of_heads = {f.name for f in dataclasses.fields(variant.network)} - {"name", "parent", "backbone"}
     heads = {key: value for key, value in options.items() if key in of_heads}
     below = {key: value for key, value in options.items() if key not in of_heads or key in ("dtype", "remat")}
-    if backbone and "drop_path_rate" not in overrides:
-        below.pop("drop_path_rate", None)
+    if backbone:
+        for key in {"drop_path_rate", "levels"} - overrides.keys():
+            below.pop(key, None), heads.pop(key, None)
     if not isinstance(backbone, Backbone):
         backbone = registry.create_model(backbone or variant.backbone)
     of_backbone = {f.name for f in dataclasses.fields(backbone)} - {"name", "parent", "num_classes"}
@@ -198,5 +229,5 @@ def create_model(name: str, backbone: str | Backbone | None = None, **overrides)
         raise TypeError(f"{name} has no option {min(unknown)!r}; expected one of {', '.join(of_heads | of_backbone)}")
     registry.check_options(options)
     network = backbone.clone(**below)
-    levels = variant.network.levels_of(network.strides)
-    return variant.network(backbone=network.dense(levels), levels=levels, **heads)
+    heads = {"levels": variant.network.levels_of(network.strides), **heads}
+    return variant.network(backbone=network.dense(heads["levels"]), **heads)

@@ -77,6 +77,8 @@ def networks(*classes: type[DenseNetwork]) -> Rule:
 def check(config: ConfigDict) -> list[str]:
     """What keys contradict each other, a line each."""
     group, rows = config.loss.images_per_group, config.batch_size // config.optim.accumulate
+    if group and not hasattr(registry.DENSE[config.model.name].network, "images_per_group"):
+        return [f"loss.images_per_group = {group}: expected 0 with {config.model.name}, whose divisors are the batch's"]
     if group and rows % group:
         return [f"loss.images_per_group = {group}: expected a divisor of the {rows} images that a step takes at a time"]
     return []
