@@ -17,6 +17,7 @@ FAMILIES = ("pvt", "pit", "t2t_vit", "rest")
 DENSE = {
     "detect": "retinanet_pvt_micro",
     "detr": "detr_pvt_micro",
+    "deformable_detr": "deformable_detr_pit_micro",
     "mask": "mask_rcnn_pvt_micro",
     "segment": "semantic_fpn_pvt_micro",
 }
@@ -86,7 +87,7 @@ def _scenes(entry: str) -> ConfigDict:
 
     config.eval.batch_size = 40
     config.eval.every_epochs = config.checkpoint.every_epochs = 1.2
-    return _detr(config) if entry == "detr" else config
+    return {"detr": _detr, "deformable_detr": _deformable_detr}.get(entry, lambda config: config)(config)
 
 
 def _detr(config: ConfigDict) -> ConfigDict:
@@ -95,4 +96,11 @@ def _detr(config: ConfigDict) -> ConfigDict:
     config.optim.lr, config.optim.weight_decay, config.optim.clip_norm = 6e-4, 1e-4, 0.1
     config.schedule.warmup_epochs = 1.0
     config.eval.every_epochs = config.checkpoint.every_epochs = 5.0
+    return config
+
+
+def _deformable_detr(config: ConfigDict) -> ConfigDict:
+    config.batch_size, config.epochs = 8, 5.0
+    config.optim.lr = 6e-4
+    config.eval.every_epochs = config.checkpoint.every_epochs = 1.0
     return config

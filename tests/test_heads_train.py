@@ -25,11 +25,16 @@ def two_devices():
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("retinanet_rest_small", {"images_per_group": 1}), ("mask_rcnn_pvt_tiny", MASK_RCNN), ("detr_pvt_small", DETR)],
+    [
+        ("retinanet_rest_small", {"images_per_group": 1}),
+        ("mask_rcnn_pvt_tiny", MASK_RCNN),
+        ("detr_pvt_small", DETR),
+        ("deformable_detr_two_stage_pit_s", DETR | {"channels": 32, "feature_levels": 3}),
+    ],
 )
 def test_an_image_without_objects(name, options, two_devices):
     """Losses and gradients are finite, at least float32, and of padded slots nothing depends on what they hold."""
-    model = create_model(name, backbone=Toy(8, image_size=64), **OPTIONS, **options)
+    model = create_model(name, backbone=Toy(8, image_size=64), **OPTIONS | options)
     images = jnp.asarray(random_images(2, 64, 96))
     sizes = np.array([[64, 90], [50, 96]])
     boxes = np.zeros((2, 3, 4), np.float32)

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from vitpyramid.heads import mask_rcnn, retinanet
+from vitpyramid.heads.deformable_detr import DeformableDETR
 from vitpyramid.heads.detr import DETR
 from vitpyramid.heads.mask_rcnn import MaskRCNN
 from vitpyramid.heads.network import DenseNetwork
@@ -47,6 +48,11 @@ DENSE: dict[str, DenseVariant] = {
     **_standing_on("rest", _REST_DROP_PATH, "mask_rcnn", MaskRCNN, **mask_rcnn.DETECTRON2),
     **_standing_on("pvt", dict.fromkeys(_PVT_DROP_PATH, 0.1), "semantic_fpn", SemanticFPN),
     "detr_pvt_small": DenseVariant(DETR, "pvt_small", {"drop_path_rate": 0.1}),
+    "deformable_detr_pit_s": DenseVariant(DeformableDETR, "pit_s", {"drop_path_rate": 0.1}),
+    "deformable_detr_refine_pit_s": DenseVariant(DeformableDETR, "pit_s", {"drop_path_rate": 0.1, "refine": True}),
+    "deformable_detr_two_stage_pit_s": DenseVariant(
+        DeformableDETR, "pit_s", {"drop_path_rate": 0.1, "refine": True, "two_stage": True}
+    ),
 }
 
 
@@ -84,6 +90,23 @@ DENSE |= {
             "decoder_layers": 3,
             "queries": 10,
             "head_drop_rate": 0.0,
+            "num_classes": 10,
+        },
+    ),
+    "deformable_detr_pit_micro": DenseVariant(
+        DeformableDETR,
+        "pit_micro",
+        {
+            "channels": 64,
+            "heads": 4,
+            "ffn_channels": 128,
+            "encoder_layers": 1,
+            "decoder_layers": 3,
+            "feature_levels": 3,
+            "queries": 20,
+            "refine": True,
+            "head_drop_rate": 0.0,
+            "most_detections": 20,
             "num_classes": 10,
         },
     ),
@@ -126,10 +149,15 @@ FACTS: dict[str, Facts] = {
     "semantic_fpn_pvt_medium": Facts(47_960_214, 48.0, 61.0),
     "semantic_fpn_pvt_large": Facts(65_121_430, 65.1, 79.6),
     "detr_pvt_small": Facts(41_645_141),
+    "deformable_detr_pit_s": Facts(35_444_742),
+    "deformable_detr_refine_pit_s": Facts(36_210_602),
+    # 36.6 published, with 91 classes.
+    "deformable_detr_two_stage_pit_s": Facts(36_539_644),
     "retinanet_pvt_micro": Facts(1_807_390),
     "mask_rcnn_pvt_micro": Facts(1_590_476),
     "semantic_fpn_pvt_micro": Facts(1_701_227),
     "detr_pvt_micro": Facts(2_194_863),
+    "deformable_detr_pit_micro": Facts(1_490_284),
 }
 
 

@@ -103,7 +103,8 @@ class MultiheadAttention(nn.Module):
             self.sow("intermediates", "attention", weights)
         weights = nn.Dropout(self.drop_rate, deterministic=not train)(weights.astype(value.dtype))
         out = jnp.einsum("bhnm,bmhd->bnhd", weights, value).reshape(projected[0].shape)
-        return dense(out, out.shape[-1], self.dtype, "out_proj")
+        # Its biases begin at zero, those of other linear layers do not.
+        return nn.Dense(out.shape[-1], dtype=self.dtype, kernel_init=xavier_uniform, name="out_proj")(out)
 
 
 def feed_forward(x: jax.Array, channels: int, drop_rate: float, dtype, train: bool) -> jax.Array:

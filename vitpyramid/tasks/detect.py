@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from vitpyramid.data.annotated import Annotated
 from vitpyramid.evals import coco
+from vitpyramid.heads.deformable_detr import DeformableDETR
 from vitpyramid.heads.detector import Detections, Targets, rescale
 from vitpyramid.heads.detr import DETR
 from vitpyramid.heads.mask_rcnn import MaskRCNN
@@ -20,7 +21,7 @@ from vitpyramid.tasks.metrics import Metrics
 from vitpyramid.tasks.task import Batch, Task
 
 BEST = "box_AP"
-RULES = dense.RULES | {"model.name": dense.networks(RetinaNet, MaskRCNN, DETR)}
+RULES = dense.RULES | {"model.name": dense.networks(RetinaNet, MaskRCNN, DETR, DeformableDETR)}
 
 
 def check(config: ConfigDict, evaluation: bool) -> list[str]:

@@ -73,25 +73,34 @@ def network_of(name: str, torch_shapes: names.Shapes, backbone: str = "") -> dic
 def named_as(own: DenseNetwork, keys: Collection[str]) -> DenseNetwork:
     """The network with the library whose names the keys are."""
     models = [own.clone(library=library) for library in own.libraries]
-    return next((model for model in models if class_key(model) in keys), own)
+    # What stands first behind the backbone is called otherwise by each of them.
+    return next((model for model in models if torch_name(model, ("params", model.after[0], "bias")) in keys), own)
 
 
 def in_one_form(model: DenseNetwork, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Arrays by the keys that `torch_shapes` has, of a state dict that may have them in parts."""
-    return detr_names.join(arrays) if _is_split(model) else dict(arrays)
+    """Arrays by the keys that `torch_shapes` has, of a state dict that may have them in parts, or more than once.
+
+    Raises:
+      ValueError: what should be the same array differs.
+    """
+    arrays = detr_names.join(arrays) if _is_split(model) else dict(arrays)
+    for path in _shapes(model):
+        first, *others = _all_names(model, path)
+        for key in others:
+            if key in arrays:
+                array = arrays.pop(key)
+                if not np.array_equal(arrays.setdefault(first, array), array, equal_nan=True):
+                    raise ValueError(f"{key} differs from {first}: expected the same array")
+    return arrays
 
 
 def classes_in(model: Backbone | DenseNetwork, torch_shapes: names.Shapes) -> int | None:
     """Number of classes of a state dict; None without a head."""
     if isinstance(model, Backbone):
         return names.head_rows(torch_shapes)
-    rows = torch_shapes.get(class_key(model))
+    keys = _all_names(model, ("params", *model.class_layer.split("/"), "bias"))
+    rows = next((torch_shapes[key] for key in keys if key in torch_shapes), None)
     return model.classes_of(rows[0]) if rows else None
-
-
-def class_key(model: DenseNetwork) -> str:
-    """PyTorch's name of the bias of the layer that has the classes."""
-    return torch_name(model, ("params", *model.class_layer.split("/"), "bias"))
 
 
 def from_state_dict(model: DenseNetwork, state_dict: Mapping) -> dict:
@@ -125,7 +134,12 @@ def to_state_dict(model: DenseNetwork, variables: Mapping) -> dict[str, np.ndarr
     """PyTorch state dict of `model`; inverse of `from_state_dict`, bit for bit, but for the normaliser of losses."""
     flat = traverse_util.flatten_dict(variables)
     flat.pop(NORMALISER, None)
-    state_dict = {torch_name(model, path): _to_torch(path, np.asarray(value)) for path, value in flat.items()}
+    state_dict = {
+        key: array
+        for path, value in flat.items()
+        for array in [_to_torch(path, np.asarray(value))]
+        for key in _all_names(model, path)
+    }
     if _is_split(model):
         state_dict = detr_names.split(state_dict)
     means = [key for key in state_dict if key.endswith(".running_mean")]
@@ -143,12 +157,18 @@ def torch_name(model: Backbone | DenseNetwork, path: Path) -> str:
     if isinstance(model, Backbone):
         return name
     if model.libraries:
-        return detr_names.renamed(name, model.library)
+        return detr_names.renamed(name, model)
     if model.library != "detectron2":
         return re.sub(r"((?:\w+_)?convs\.\d+)\.", r"\1.conv.", name)
     prefixes = _detectron2(tuple(model.backbone.strides[i] for i in model.levels))
     first = next(prefix for prefix in prefixes if name.startswith(prefix + "."))
     return prefixes[first] + name.removeprefix(first)
+
+
+def _all_names(model: DenseNetwork, path: Path) -> list[str]:
+    """PyTorch's name, and those under which files have the same array once more."""
+    twins = detr_names.twins(names.torch_name(path), model)
+    return [torch_name(model, path), *(detr_names.renamed(twin, model) for twin in twins)]
 
 
 @functools.lru_cache

@@ -1,4 +1,4 @@
-"""Names of detectors with transformers: ours are facebookresearch's, mmdetection's and HuggingFace's are made of them.
+"""Names of detectors with transformers: ours are the authors', mmdetection's and HuggingFace's are made of them.
 
 HuggingFace has the projections of queries, keys and values as arrays of their own, the others have them as one.
 """
@@ -8,8 +8,12 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from vitpyramid.heads.deformable_detr import DeformableDETR
+from vitpyramid.heads.network import DenseNetwork
+
 BACKBONES = {
     "facebookresearch": "backbone.0.body.",
+    "fundamentalvision": "backbone.0.body.",
     "mmdetection": "backbone.",
     "huggingface": "model.backbone.conv_encoder.model.",
 }
@@ -46,6 +50,22 @@ RULES = {
         (r"^input_proj\.", "model.input_projection."),
     ),
 }
+# The same for Deformable DETR, whose decoder has its norms in another order.
+DEFORMABLE_RULES = {
+    "fundamentalvision": RULES["facebookresearch"],
+    "huggingface": (
+        (r"^transformer\.", "model."),
+        (r"\.cross_attn\.", ".encoder_attn."),
+        (r"\.linear([12])\.", r".fc\1."),
+        (r"(\.encoder\..*)\.norm1\.", r"\1.self_attn_layer_norm."),
+        (r"(\.encoder\..*)\.norm2\.", r"\1.final_layer_norm."),
+        (r"\.norm1\.", ".encoder_attn_layer_norm."),
+        (r"\.norm2\.", ".self_attn_layer_norm."),
+        (r"\.norm3\.", ".final_layer_norm."),
+        (r"^query_embed\.", "model.query_position_embeddings."),
+        (r"^input_proj\.", "model.input_proj."),
+    ),
+}
 # Of its modules in memory since version 5, where its files kept their names.
 _HUGGINGFACE_5 = (
     (r"^model\.backbone\.model\.", "model.backbone.conv_encoder.model."),
@@ -55,11 +75,24 @@ _HUGGINGFACE_5 = (
 _PARTS = ("q_proj", "k_proj", "v_proj")
 
 
-def renamed(name: str, library: str) -> str:
-    """A library's name for ours."""
+def renamed(name: str, model: DenseNetwork) -> str:
+    """The name that the library of `model` has for ours."""
     if name.startswith("backbone."):
-        return BACKBONES[library] + name.removeprefix("backbone.")
-    return _replaced(name, RULES[library])
+        return BACKBONES[model.library] + name.removeprefix("backbone.")
+    rules = DEFORMABLE_RULES if isinstance(model, DeformableDETR) else RULES
+    return _replaced(name, rules[model.library])
+
+
+def twins(name: str, model: DenseNetwork) -> list[str]:
+    """Our names under which files have the same array once more: of heads that layers share or that the decoder reads.
+
+    Files of some versions have these alone.
+    """
+    if not isinstance(model, DeformableDETR) or not re.match(r"(class|bbox)_embed\.", name):
+        return []
+    if not model.refine:
+        return [name.replace(".0.", f".{i}.", 1) for i in range(1, model.decoder_layers)]
+    return [f"transformer.decoder.{name}"] if model.two_stage or name.startswith("bbox") else []
 
 
 def _replaced(name: str, rules: tuple[tuple[str, str | Callable], ...]) -> str:
