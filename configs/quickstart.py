@@ -92,10 +92,10 @@ def _scenes(entry: str) -> ConfigDict:
 
 def _detr(config: ConfigDict) -> ConfigDict:
     """DETR learns slowly: more epochs of larger batches."""
-    config.batch_size, config.epochs = 8, 16.0
-    config.optim.weight_decay, config.optim.clip_norm = 1e-4, 0.1
-    config.schedule.warmup_epochs = 0.5
-    config.eval.every_epochs = config.checkpoint.every_epochs = 4.0
+    config.batch_size, config.epochs = 16, 30.0
+    config.optim.lr, config.optim.weight_decay, config.optim.clip_norm = 6e-4, 1e-4, 0.1
+    config.schedule.warmup_epochs = 1.0
+    config.eval.every_epochs = config.checkpoint.every_epochs = 5.0
     return config
 
 

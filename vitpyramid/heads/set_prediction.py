@@ -168,15 +168,18 @@ def detections(
       most: the best `most` are returned, or all if there are fewer.
       clip: boxes are cut at the image's border (mmdetection, not the originals).
     """
-    if focal:
-        q, classes = logits.shape[-2:]
-        scores, pair = jax.lax.top_k(jax.nn.sigmoid(logits).reshape(-1, q * classes), min(most, q * classes))
-        query, labels = pair // classes, pair % classes
-    else:
-        found = jax.nn.softmax(logits)[..., :-1]
-        scores, query = jax.lax.top_k(found.max(-1), min(most, logits.shape[-2]))
-        labels = jnp.take_along_axis(found.argmax(-1), query, axis=-1)
-    chosen = in_pixels(jnp.take_along_axis(boxes, query[..., None], axis=-2), sizes)
+
+    def of_image(logits, boxes):
+        q, classes = logits.shape
+        if focal:
+            scores, pair = jax.lax.top_k(jax.nn.sigmoid(logits).ravel(), min(most, q * classes))
+            return scores, pair % classes, boxes[pair // classes]
+        found = jax.nn.softmax(logits)[:, :-1]
+        scores, query = jax.lax.top_k(found.max(-1), min(most, q))
+        return scores, found.argmax(-1)[query], boxes[query]
+
+    scores, labels, chosen = map_rows(of_image, logits, boxes)
+    chosen = in_pixels(chosen, sizes)
     if clip:
         chosen = box.clip(chosen, sizes)
     return Detections(chosen, scores, labels.astype(jnp.int32), jnp.ones(scores.shape, bool))
