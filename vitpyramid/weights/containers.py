@@ -30,6 +30,7 @@ RAW = ("state_dict", "model", "net", "model_state_dict")
 EMA = ("state_dict_ema",)
 OTHER_EMA = ("model_ema", "ema")  # averages that their authors did not report: taken only when asked for
 WRAPPERS = ("module.", "_orig_mod.")  # prefixes of all keys, which say nothing
+_BELOW = "backbone."
 IGNORED = re.compile(r"(^|\.)(total_ops|total_params|num_batches_tracked)$")  # counters, no parameters
 
 
@@ -205,10 +206,24 @@ def _open_dense(container: str, found: Mapping[str, Any], name: str) -> Contents
             ignored.append(key)
         else:
             own[key.removeprefix(prefix)] = array
+    own, origin = _with_papers_backbone(own)
     model = dense_names.named_as(create_model(name), own)
     state_dict = dense_names.in_one_form(model, own)
-    origin = {key: prefix + key if key in own else f"parts of {key}" for key in state_dict}
+    origin = {key: prefix + origin[key] if key in origin else f"parts of {key}" for key in state_dict}
     return Contents(state_dict, origin, container, prefix, model.library, ignored)
+
+
+def _with_papers_backbone(arrays: StateDict) -> tuple[StateDict, dict[str, str]]:
+    """Arrays with MMDetection's PVT, if it is under the heads, in the papers' names; and the old name of each."""
+    below = {key: array for key, array in arrays.items() if key.startswith(_BELOW)}
+    origin = {key: key for key in arrays}
+    if not below or _dialect(below)[0].names != "MMDetection":
+        return arrays, origin
+    contents = open_contents(below)
+    ours = {_BELOW + name: array for name, array in contents.state_dict.items()}
+    renamed = {_BELOW + name: key for name, key in contents.origin.items()}
+    kept = arrays.keys() - below.keys()
+    return {**{key: arrays[key] for key in arrays if key in kept}, **ours}, {**{key: key for key in kept}, **renamed}
 
 
 def _unwrap(content: Any, weights: str) -> tuple[str, Mapping[str, Any]]:
