@@ -24,6 +24,7 @@ from vitpyramid.heads.nms import nms
 from vitpyramid.models.backbone import Level
 from vitpyramid.models.initialisers import fan_in_uniform, xavier_uniform
 from vitpyramid.models.layers import at_least_float32
+from vitpyramid.models.sharding import map_rows
 
 # What detectron2 does otherwise; see the attributes of `RetinaNet`.
 DETECTRON2 = {
@@ -186,9 +187,11 @@ class RetinaNet(DenseNetwork, kw_only=True):
             learned = [anchors.inside(level.x.shape[1:3], level.stride, sizes, per_cell) for level in levels]
             learned = jnp.concatenate(learned, axis=1)
         rule = functools.partial(assign, positive=0.5, negative=0.4, low_quality=self.low_quality)
-        return jax.vmap(lambda boxes, valid, inside: rule(box.overlaps(boxes, all_anchors), valid, inside))(
-            targets.boxes, targets.valid, learned
-        )
+
+        def of_image(boxes, valid, inside):
+            return rule(box.overlaps(boxes, all_anchors), valid, inside)
+
+        return map_rows(of_image, targets.boxes, targets.valid, learned)
 
     def losses(
         self, images: jax.Array, targets: Targets, sizes: jax.Array | None = None, train: bool = True
@@ -254,7 +257,7 @@ class RetinaNet(DenseNetwork, kw_only=True):
             labels = jnp.where(kept.valid, classes[kept.index], 0)
             return Detections(kept.boxes, kept.scores, labels.astype(jnp.int32), kept.valid)
 
-        return jax.vmap(of_image)(predictions.logits, predictions.deltas, sizes)
+        return map_rows(of_image, predictions.logits, predictions.deltas, sizes)
 
     @nn.nowrap
     def _candidates(self, logits: jax.Array, deltas: jax.Array, of_level: jax.Array, size: jax.Array):

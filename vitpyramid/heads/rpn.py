@@ -16,6 +16,7 @@ from vitpyramid.heads.matching import Sample, assign, sample
 from vitpyramid.heads.nms import nms
 from vitpyramid.models.backbone import Level
 from vitpyramid.models.layers import at_least_float32
+from vitpyramid.models.sharding import map_rows
 
 RATIOS = anchors.RATIOS
 SCALE = 8.0  # side of a level's square anchor, in strides
@@ -110,8 +111,8 @@ class RPN(nn.Module):
             kept = nms(boxes, scores, there, self.iou_threshold, after, level)
             return Proposals(kept.boxes, kept.scores, kept.valid)
 
-        found = jax.vmap(of_image)(objectness.logits, objectness.deltas, sizes)
-        return jax.lax.stop_gradient(found)
+        objectness = jax.lax.stop_gradient(objectness)
+        return map_rows(of_image, objectness.logits, objectness.deltas, sizes)
 
     @nn.nowrap
     def samples_of(
@@ -133,7 +134,7 @@ class RPN(nn.Module):
             anchors.inside(level.x.shape[1:3], level.stride, sizes, len(RATIOS)) | self.learns_padding
             for level in levels
         ]
-        return jax.vmap(of_image)(targets.boxes, targets.valid, jnp.concatenate(learned, axis=1), keys)
+        return map_rows(of_image, targets.boxes, targets.valid, jnp.concatenate(learned, axis=1), keys)
 
     @nn.nowrap
     def losses(

@@ -99,14 +99,19 @@ def mark(image: np.ndarray, point: tuple[float, float]) -> np.ndarray:
     return marked
 
 
-def layers_chart(layers: list[dict]) -> Image.Image:
-    """Entropy and distance by layer: the mean over heads, and where another stage begins a line of its own."""
+def layers_chart(name: str, layers: list[dict]) -> Image.Image:
+    """Entropy and distance by layer: the mean over heads, and where another stage begins a line of its own.
+
+    Args:
+      name: of the network, in the titles.
+      layers: as `attention` gives them.
+    """
     charts = []
-    for key, title in (("entropy", "entropy of attention, nats"), ("distance", "distance of attention, image sides")):
+    for key, unit in (("entropy", "nats"), ("distance", "image sides")):
         series: dict[str, list] = {}
         for number, layer in enumerate(layers, start=1):
             series.setdefault(stage_name(layer["stage"]), []).append((number, float(np.mean(layer[key]))))
-        charts.append(chart.lines(title, series, "layer"))
+        charts.append(chart.lines(f"{name}: {key} of attention, {unit}", series, "layer"))
     return chart.beside(charts)
 
 
@@ -129,7 +134,7 @@ def command(args: argparse.Namespace) -> None:
         page = heads_picture(f"{title}, {args.layer}", images[0], known[args.layer], args.point)
     else:
         page = maps_picture(title, images[0], maps, args.point)
-    page = stack([page, layers_chart(layers)])
+    page = stack([page, layers_chart(network.name, layers)])
     page.save(args.out, "png")
     report = {"model": network.name, "images": [str(path) for path in paths], "layers": layers}
     args.out.with_suffix(".json").write_text(json.dumps(report, indent=1))
