@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from vitpyramid.heads import boxes as box
 from vitpyramid.heads import losses
@@ -55,6 +54,8 @@ def match(cost: jax.Array, valid: jax.Array) -> jax.Array:
 
 def _match(cost: jax.Array, valid: jax.Array) -> jax.Array:
     """Of an image: `[..., Q, G]` and `[G]` -> `[..., G]`."""
+    from optax import assignment  # here: whoever only makes networks needs no optimizers
+
     *layers, q, g = cost.shape
     cost, valid = cost.reshape(-1, q, g).swapaxes(1, 2), valid[:, None]
     known = jnp.isfinite(cost) & valid
@@ -66,7 +67,7 @@ def _match(cost: jax.Array, valid: jax.Array) -> jax.Array:
     whole = jnp.concatenate([jnp.where(known, cost, high), spare], axis=2)
 
     def solve(costs):
-        slot, query = optax.assignment.hungarian_algorithm(costs)
+        slot, query = assignment.hungarian_algorithm(costs)
         return jnp.zeros(g, jnp.int32).at[slot].set(jnp.minimum(query, q).astype(jnp.int32))
 
     return jax.vmap(solve)(whole).reshape(*layers, g)
