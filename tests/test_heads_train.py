@@ -12,7 +12,7 @@ from vitpyramid.heads.detector import Targets
 from vitpyramid.train.sharding import make_mesh
 
 OPTIONS = {"channels": 8, "num_classes": 3, "dtype": jnp.bfloat16}
-DETR = {"heads": 2, "ffn_channels": 16, "encoder_layers": 1, "decoder_layers": 2, "queries": 6, "remat": True}
+DETR = {"heads": 2, "ffn_channels": 16, "encoder_layers": 1, "decoder_layers": 1, "queries": 6, "remat": True}
 MASK_RCNN = {"fc_channels": 8, "rpn_before": (30, 20), "rpn_after": (20, 10), "rpn_samples": 16, "roi_samples": 8}
 
 
