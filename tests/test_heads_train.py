@@ -1,10 +1,11 @@
-"""Detectors in training: random samples, images without anything, half precision."""
+"""Detectors in training: random samples, images without anything, half precision; and on several devices."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dense_networks import two_devices
 from harness import random_images, random_variables
 from toy_family import Toy
 from vitpyramid import create_model
@@ -74,3 +75,14 @@ def test_an_image_without_objects(name, options):
         normaliser = float(updated["batch_stats"]["loss_normaliser"])
         positives = (normaliser - 90) / 0.1 * 2 - 1
         assert positives > 1 and abs(positives - round(positives)) < 1e-2
+
+
+@pytest.mark.parametrize("name", ["retinanet_pvt_micro", "mask_rcnn_pvt_micro"])
+def test_several_devices_detect(name):
+    """The program is traced alone: more anchors than candidates, which are chosen on each device."""
+    model = create_model(name, image_size=64)
+    images = jax.ShapeDtypeStruct((2, 128, 128, 3), np.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    with two_devices():
+        found = jax.eval_shape(lambda *args: model.apply(*args, method="detect"), variables, images, np.ones((2, 2)))
+    assert found.boxes.shape == (2, model.most_detections, 4)

@@ -11,7 +11,8 @@ distance by layer, means over heads. The picture is of the first image; the numb
 are written to the same name with `.json`. `vitpyramid.evals.attention` has the definitions.
 
 Of DETR there is a tile for each of the most certain object queries: where it looks, mean over the heads of the last
-layer of the decoder or of `--layer`, with the box that it gives. The numbers are of every query.
+layer of the decoder or of `--layer`, with the box that it gives. The numbers are of every query. Of Deformable DETR
+these are the places that its heads look at, the more the brighter, larger in coarser levels.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from vitpyramid.evals.attention import AttentionMap, attention_maps, query_map, rollout, statistics
+from vitpyramid.heads.deformable_detr import DeformableDETR
 from vitpyramid.heads.detr import DETR
 from vitpyramid.heads.registry import DENSE
 from vitpyramid.tools import chart, dense, queries
@@ -131,9 +133,9 @@ def stage_name(stage: int) -> str:
 
 
 def queries_command(args: argparse.Namespace, described: dict, variables: dict) -> None:
-    """The command for DETR, whose object queries are drawn."""
+    """The command for DETR and Deformable DETR, whose object queries are drawn."""
     task = dense.open_task(args.checkpoint, described, args.size)
-    if not isinstance(task.model, DETR):
+    if not isinstance(task.model, DETR | DeformableDETR):
         raise ValueError(f"{described['name']}: expected a classifier or a DETR")
     known = queries.layers(task.model)
     layer = args.layer or known[-1]
