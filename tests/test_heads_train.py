@@ -9,18 +9,10 @@ from harness import random_images, random_variables
 from toy_family import Toy
 from vitpyramid import create_model
 from vitpyramid.heads.detector import Targets
-from vitpyramid.train.sharding import make_mesh
 
 OPTIONS = {"channels": 8, "num_classes": 3, "dtype": jnp.bfloat16}
 DETR = {"heads": 2, "ffn_channels": 16, "encoder_layers": 1, "decoder_layers": 1, "queries": 6, "remat": True}
 MASK_RCNN = {"fc_channels": 8, "rpn_before": (30, 20), "rpn_after": (20, 10), "rpn_samples": 16, "roi_samples": 8}
-
-
-@pytest.fixture
-def two_devices():
-    """A mesh over which the batch is split."""
-    with jax.set_mesh(make_mesh(1, jax.devices()[:2])):
-        yield
 
 
 @pytest.mark.parametrize(
@@ -32,7 +24,7 @@ def two_devices():
         ("deformable_detr_two_stage_pit_s", DETR | {"channels": 32, "feature_levels": 3}),
     ],
 )
-def test_an_image_without_objects(name, options, two_devices):
+def test_an_image_without_objects(name, options):
     """Losses and gradients are finite, at least float32, and of padded slots nothing depends on what they hold."""
     model = create_model(name, backbone=Toy(8, image_size=64), **OPTIONS | options)
     images = jnp.asarray(random_images(2, 64, 96))

@@ -62,7 +62,8 @@ def match(cost: jax.Array, valid: jax.Array) -> jax.Array:
 
 def _match(cost: jax.Array, valid: jax.Array, most: int) -> jax.Array:
     """Of an image with at most so many boxes: `[..., Q, G]` and `[G]` -> `[..., G]`."""
-    from optax import assignment  # here: whoever only makes networks needs no optimizers
+    # Here: whoever only makes networks needs no optimizers.
+    from optax.assignment import hungarian_algorithm
 
     *layers, q, g = cost.shape
     slots = jnp.argsort(~valid, stable=True)[:most]
@@ -76,7 +77,7 @@ def _match(cost: jax.Array, valid: jax.Array, most: int) -> jax.Array:
     whole = jnp.concatenate([jnp.where(known, cost, high), spare], axis=2)
 
     def solve(costs):
-        row, query = assignment.hungarian_algorithm(costs)
+        row, query = hungarian_algorithm(costs)
         return jnp.full(g, q, jnp.int32).at[slots[row]].set(jnp.minimum(query, q).astype(jnp.int32))
 
     return jax.vmap(solve)(whole).reshape(*layers, g)
