@@ -6,7 +6,8 @@
     python main.py --config=configs/quickstart.py:rest
 
 After the colon a family: pvt (the default), pit, t2t_vit or rest, each with its own recipe scaled down. Or a task, on
-scenes composed of the digits: detect (RetinaNet), mask (Mask R-CNN) or segment (Semantic FPN), each on a small PVT.
+scenes composed of the digits: detect (RetinaNet), detr, deformable_detr, mask (Mask R-CNN) or segment (Semantic FPN),
+each on a small PVT, Deformable DETR on a small PiT.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +15,13 @@ from ml_collections import ConfigDict
 from vitpyramid.configs import base
 
 FAMILIES = ("pvt", "pit", "t2t_vit", "rest")
-DENSE = {"detect": "retinanet_pvt_micro", "mask": "mask_rcnn_pvt_micro", "segment": "semantic_fpn_pvt_micro"}
+DENSE = {
+    "detect": "retinanet_pvt_micro",
+    "detr": "detr_pvt_micro",
+    "deformable_detr": "deformable_detr_pit_micro",
+    "mask": "mask_rcnn_pvt_micro",
+    "segment": "semantic_fpn_pvt_micro",
+}
 
 
 def get_config(family: str = "pvt") -> ConfigDict:
@@ -69,11 +76,11 @@ def _scenes(entry: str) -> ConfigDict:
 
     data = config.data
     data.name, data.eval_split = "scenes", "test"
-    data.image_size = 96  # of the position tables
+    data.image_size = 64  # of the position tables
     data.interpolation, data.flip, data.threads = "bilinear", 0.0, 2
-    data.short_side, data.long_side, data.eval_short_side = (96,), 96, 96
-    data.canvas = data.eval_canvas = ((96, 96),)
-    data.max_boxes, data.masks = 6, entry == "mask"
+    data.short_side, data.long_side, data.eval_short_side = (64,), 64, 64
+    data.canvas = data.eval_canvas = ((64, 64),)
+    data.max_boxes, data.masks = 3, entry == "mask"
 
     config.optim.lr, config.optim.lr_batch = 1e-3 if entry == "segment" else 4e-4, 0
     config.optim.clip_norm = 10.0
@@ -81,4 +88,20 @@ def _scenes(entry: str) -> ConfigDict:
 
     config.eval.batch_size = 40
     config.eval.every_epochs = config.checkpoint.every_epochs = 1.2
+    return {"detr": _detr, "deformable_detr": _deformable_detr}.get(entry, lambda config: config)(config)
+
+
+def _detr(config: ConfigDict) -> ConfigDict:
+    """DETR learns slowly: more epochs of larger batches."""
+    config.batch_size, config.epochs = 16, 30.0
+    config.optim.lr, config.optim.weight_decay, config.optim.clip_norm = 6e-4, 1e-4, 0.1
+    config.schedule.warmup_epochs = 1.0
+    config.eval.every_epochs = config.checkpoint.every_epochs = 5.0
+    return config
+
+
+def _deformable_detr(config: ConfigDict) -> ConfigDict:
+    config.batch_size, config.epochs = 8, 5.0
+    config.optim.lr = 6e-4
+    config.eval.every_epochs = config.checkpoint.every_epochs = 1.0
     return config

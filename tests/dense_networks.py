@@ -1,5 +1,9 @@
 """Networks, images and ground truth of the golden files of dense prediction."""
 
+import contextlib
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -8,6 +12,7 @@ from vitpyramid.heads.detector import Targets
 from vitpyramid.models.backbone import Backbone
 from vitpyramid.models.pvt import PVT
 from vitpyramid.models.rest import ResT
+from vitpyramid.train.sharding import batch_sharding, make_mesh
 
 
 def backbone(meta: dict) -> Backbone:
@@ -50,3 +55,11 @@ def ellipse(box, size) -> np.ndarray:
 def nchw(x) -> np.ndarray:
     """`[B, h, w, C]` in PyTorch's layout."""
     return np.asarray(x).transpose(0, 3, 1, 2)
+
+
+@contextlib.contextmanager
+def two_devices():
+    """Sets a mesh of two and gives a function that splits batches of two images over them."""
+    mesh = make_mesh(1, jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        yield functools.partial(jax.device_put, device=batch_sharding(mesh))

@@ -141,7 +141,7 @@ def test_more_objects_than_slots_and_crowds():
     crowd = np.array([True, False, False, False, False])
     source.examples = [type(example)(example.image, example.size, crowd=crowd, **many)]
     [batch] = take(make_train(dense_config(batch_size=1), source), 1)
-    assert batch["labels"].tolist() == [[1, 2, 3]] and batch["valid"].all()
+    assert batch["labels"].tolist() == [[1, 2, 3]] and batch["valid"].all() and batch["dropped"].tolist() == [1]
 
 
 @pytest.mark.parametrize("make", [make_train, make_eval])

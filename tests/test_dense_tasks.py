@@ -48,7 +48,7 @@ def tiny(entry, **changes):
     return config
 
 
-@pytest.mark.parametrize("entry", ("detect", "mask", "segment"))
+@pytest.mark.parametrize("entry", ("detect", "detr", "mask", "segment"))
 def test_batches_are_as_the_task_says(entry):
     config = tiny(entry)
     validate(config, base.get_config(), 8)
@@ -154,10 +154,12 @@ def test_a_detection_run_stopped_and_resumed_ends_with_the_same_bits(tmp_path):
 
 
 def test_losses_are_summed_and_named():
-    total, metrics = dense.loss({"loss_cls": jnp.array([1.0, 2.0]), "loss_bbox": jnp.array(0.5)}, {})
-    assert (total, metrics["loss_cls"].compute(), set(metrics)) == (3.5, 3.0, {"loss_cls", "loss_bbox"})
-    assert detect.words({"loss": 1.0, "box_AP": 0.367, "box_APs": 0.2, "ema_mask_AP50": 0.5, "skipped": 2.0}) == (
-        "loss 1.0000  box_AP 36.7  ema_mask_AP50 50.0  2 images skipped"
+    counted = dense.counted({"dropped": jnp.array([0, 3]), "size": jnp.ones((2, 2))})
+    total, metrics = dense.loss({"loss_cls": jnp.array([1.0, 2.0]), "loss_bbox": jnp.array(0.5)}, counted)
+    assert (total, metrics["loss_cls"].compute(), set(metrics)) == (3.5, 3.0, {"loss_cls", "loss_bbox", "dropped"})
+    values = {"loss": 1.0, "box_AP": 0.367, "box_APs": 0.2, "ema_mask_AP50": 0.5, "skipped": 2.0}
+    assert detect.words(values | {"dropped": float(metrics["dropped"].compute())}) == (
+        "loss 1.0000  box_AP 36.7  ema_mask_AP50 50.0  3 objects beyond data.max_boxes  2 images skipped"
     )
     assert segment.words({"mIoU": 0.419, "loss": 2.0, "loss_seg": 2.0}) == "loss 2.0000  mIoU 41.90"
 
@@ -167,7 +169,7 @@ def test_from_a_classifier(tmp_path, caplog, monkeypatch):
     shapes = model_shapes("pvt_micro", 10, 32)
     variables = traverse_util.unflatten_dict({path: np.zeros(shape, np.float32) for path, shape in shapes.items()})
     write_weights(tmp_path, {"name": "pvt_micro", "num_classes": 10, "image_size": 32}, variables)
-    config = tiny("detect", init=str(tmp_path))
+    config = tiny("detect", init=str(tmp_path), **{"data.image_size": 96})
     task = make_task(config)
     given = []
 
@@ -187,6 +189,29 @@ def test_from_a_classifier(tmp_path, caplog, monkeypatch):
     config.init = str(tmp_path / "nothing")
     with pytest.raises(ConfigError, match="init = "):
         make_task(config).initial()
+
+
+def test_from_a_whole_network(monkeypatch):
+    """With the config's classes, size and backbone; what fits neither reading is told of both."""
+    asked = []
+
+    def load_pretrained(init, name, **wanted):
+        asked.append((init, name, wanted))
+        if init == "unfit":
+            raise ValueError(f"no {name}")
+        return None, {"params": {"neck": 1}}
+
+    monkeypatch.setattr(dense, "load_pretrained", load_pretrained)
+    config = tiny("detect", **{"init": "whole", "model.backbone": "pit_micro", "data.image_size": 96})
+    assert make_task(config).initial() == {"params": {"neck": 1}}
+    wanted = {"num_classes": 10, "image_size": 96, "seed": 1, "backbone": "pit_micro"}
+    assert asked == [("whole", "retinanet_pvt_micro", wanted)]
+    config.init = "unfit"
+    with pytest.raises(ConfigError) as error:
+        make_task(config).initial()
+    assert str(error.value) == (
+        "init = 'unfit': neither weights of retinanet_pvt_micro: no retinanet_pvt_micro\nnor of pit_micro: no pit_micro"
+    )
 
 
 def test_configs_that_cannot_be_run():

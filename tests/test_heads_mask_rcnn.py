@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dense_golden import DenseGolden
-from dense_networks import backbone, canvas, nchw, padded_targets
+from dense_networks import backbone, canvas, nchw, padded_targets, two_devices
 from vitpyramid import create_model
 from vitpyramid.heads.detector import rescale
 from vitpyramid.heads.masks import mask_targets, paste
@@ -102,7 +102,7 @@ def test_original(stem):
         return model.apply(variables, images, targets, sizes, False, method=parts)
 
     @jax.jit
-    def train(params, others):
+    def train(params, others, images, targets, sizes):
         def loss(params):
             found, updated = model.apply(
                 {"params": params, **others}, images, targets, sizes, True, method=parts, mutable=list(others)
@@ -113,7 +113,8 @@ def test_original(stem):
 
     found = evaluate(variables)
     params = variables.pop("params")
-    (total, (learned, updated)), gradients = train(params, variables)
+    with two_devices() as split:
+        (total, (learned, updated)), gradients = train(params, variables, *split((images, targets, sizes)))
 
     def check(key, value):
         error = golden.error(key, value)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dense_golden import DenseGolden
-from dense_networks import backbone, canvas, nchw, padded_targets
+from dense_networks import backbone, canvas, nchw, padded_targets, two_devices
 from vitpyramid import create_model
 from vitpyramid.heads.detector import rescale
 from vitpyramid.weights.dense_names import from_state_dict, to_state_dict
@@ -44,7 +44,7 @@ def test_original(stem):
         return predictions, model.detections_of(predictions, sizes), model.assign(predictions.levels, targets, sizes)
 
     @jax.jit
-    def train(params, others):
+    def train(params, others, images, targets, sizes):
         def loss(params):
             found, updated = model.apply(
                 {"params": params, **others}, images, targets, sizes, method="losses", mutable=list(others)
@@ -86,7 +86,8 @@ def test_original(stem):
         assert (found.labels == golden.array(f"{key}/labels")).all()
 
     params = variables.pop("params")
-    (total, (found, updated)), gradients = train(params, variables)
+    with two_devices() as split:
+        (total, (found, updated)), gradients = train(params, variables, *split((images, targets, sizes)))
     assert golden.error("loss/total", total[None]) < EXACT
     if rest:
         assert golden.error("loss/loss_cls", found["loss_cls"].sum(keepdims=True)) < EXACT

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dense_golden import DenseGolden, generator
-from dense_networks import backbone, nchw
+from dense_networks import backbone, nchw, two_devices
 from vitpyramid import create_model
 from vitpyramid.heads.semantic_fpn import IGNORED, probabilities
 from vitpyramid.weights.dense_names import from_state_dict, to_state_dict
@@ -51,7 +51,7 @@ def test_original():
             return levels, logits, probabilities(logits, size, original)
 
         @jax.jit
-        def train(params, others, labels):
+        def train(params, others, images, labels):
             def loss(params):
                 found, updated = model.apply(
                     {"params": params, **others}, images, labels, method="losses", mutable=list(others)
@@ -62,7 +62,8 @@ def test_original():
 
         levels, logits, of_original = evaluate(variables)
         params = variables.pop("params")
-        (loss, updated), gradients = train(params, variables, labels_of(meta))
+        with two_devices() as split:
+            (loss, updated), gradients = train(params, variables, *split((images, labels_of(meta))))
         gradients = to_state_dict(model, {"params": gradients, **updated})
 
     for i, level in enumerate(levels):

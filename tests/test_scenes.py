@@ -18,7 +18,7 @@ from vitpyramid.data.scenes import CATEGORIES, SIZES
 
 
 def opened(name, split, task, training=False, **keys):
-    config = dense_config(**{"data.name": name, "data.max_boxes": 6, **keys})
+    config = dense_config(**{"data.name": name, "data.max_boxes": 3, **keys})
     return open_annotated(config.data, split, task, training)
 
 
@@ -52,7 +52,7 @@ def test_boxes_masks_and_label_maps_of_scenes_agree():
         wide, high = np.minimum(x2, x2.T) - np.maximum(x1, x1.T), np.minimum(y2, y2.T) - np.maximum(y1, y1.T)
         overlaps += ((wide > 0) & (high > 0)).sum() - len(masks)
         counts.append(len(masks))
-    assert overlaps > 5 and min(counts) == 1 and max(counts) >= 5
+    assert overlaps > 5 and min(counts) == 1 and max(counts) == 3
     truth = opened("scenes", "test[:20]", "detect").ground_truth()
     assert len(truth["annotations"]) == sum(counts) and truth["annotations"][0]["area"] > 20
     assert opened("scenes", "test[3:5]", "detect").ground_truth()["images"] == truth["images"][3:5]
@@ -63,8 +63,8 @@ def test_no_digit_of_the_training_scenes_is_in_others():
     assert [len(part) for part in digits] == [1437, 360]
     with pytest.raises(ValueError, match="'train\\+test': expected scenes of one split"):
         opened("scenes", "train+test", "detect")
-    with pytest.raises(ValueError, match="data.max_boxes: 5: expected 6 or more"):
-        opened("scenes", "train", "detect", True, **{"data.max_boxes": 5})
+    with pytest.raises(ValueError, match="data.max_boxes: 2: expected 3 or more"):
+        opened("scenes", "train", "detect", True, **{"data.max_boxes": 2})
 
 
 # Folders of label maps

@@ -99,9 +99,10 @@ def make_train(
     Returns:
       An iterator, with `close()`, of batches of b = batch_size // process_count rows on a canvas H x W:
       "image": uint8 [b, H, W, 3], 0 beyond the image, and "size": int32 [b, 2], height and width of what is not.
-      With boxes "boxes": float32 [b, G, 4] as x1 y1 x2 y2 on the canvas, "labels": int32 [b, G], and "valid":
-      bool [b, G], where G = `max_boxes`; with masks, "masks": uint8 [b, G, H, ceil(W / 8)], eight pixels a byte as
-      `np.packbits` has them. With label maps "label": uint8 [b, H, W], 255 where nothing is known.
+      With boxes "boxes": float32 [b, G, 4] as x1 y1 x2 y2 on the canvas, "labels": int32 [b, G], "valid":
+      bool [b, G], where G = `max_boxes`, and "dropped": int32 [b], objects beyond these; with masks, "masks": uint8
+      [b, G, H, ceil(W / 8)], eight pixels a byte as `np.packbits` has them. With label maps "label": uint8 [b, H, W],
+      255 where nothing is known.
       With `on_corrupt` "skip" also "skipped": bool [b].
 
     Raises:
@@ -178,7 +179,8 @@ def _boxes_row(example: Example, index: int, rng: np.random.Generator, *, view: 
     new = view.resize.draw(rng).keeping(old)
     pixels = transforms.resize_image(pixels, new, view.interpolation)
     # Crowds teach nothing: no anchor is ignored for them in the papers' mmdetection, and detectron2 drops them.
-    taught = np.flatnonzero(~example.crowd)[:slots]
+    objects = np.flatnonzero(~example.crowd)
+    taught = objects[:slots]
     boxes = transforms.resize_boxes(example.boxes[taught], old, new)
     mirrored = rng.random() < view.flip
     if mirrored:
@@ -190,6 +192,7 @@ def _boxes_row(example: Example, index: int, rng: np.random.Generator, *, view: 
         "boxes": np.pad(boxes, ((0, empty), (0, 0))),
         "labels": np.pad(example.labels[taught].astype(np.int32), (0, empty)),
         "valid": np.arange(slots) < len(taught),
+        "dropped": np.int32(len(objects) - len(taught)),
     }
     if masks:
         packed = np.zeros((slots, canvas[0], -(-canvas[1] // 8)), np.uint8)

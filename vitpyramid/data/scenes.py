@@ -1,8 +1,8 @@
 """Scenes composed of scikit-learn's handwritten digits, with boxes, masks and label maps: nothing to download.
 
-A scene is a textured ground, 96 to 128 pixels high and wide, with up to six digits of 20 to 56 pixels in a colour each.
-Later digits lie on top of earlier ones; none hides more than 40 % of another. Scenes of the training split are made of
-the digits of `Digits`' training split, those of the test split of the others.
+A scene is a dark, textured ground, 64 to 80 pixels high and wide, with up to three digits of 26 to 42 pixels in a light
+colour each. Later digits lie on top of earlier ones, of which they hide at most 20 %. Scenes of the training split are
+made of the digits of `Digits`' training split, those of the test split of the others.
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ from vitpyramid.data.splits import split_ranges
 
 SIZES = {"train": 4000, "test": 400}  # scenes
 CATEGORIES = tuple("0123456789")
-_MOST = 6  # digits
-_SIDES = (20, 56)
-_LENGTHS = (96, 128)
-_HIDDEN = 0.4  # share of a digit's pixels
+_MOST = 3  # digits
+_SIDES = (26, 42)
+_LENGTHS = (64, 80)
+_HIDDEN = 0.2  # share of a digit's pixels
 _TRIES = 10
-_CONTRAST = 90  # levels of luma between a digit and the ground's mean
+_CONTRAST = 100  # levels of luma from the ground's mean to a digit, at least
 _LUMA = np.array([0.299, 0.587, 0.114])
 
 
@@ -103,7 +103,7 @@ class SceneRecords:
         """Pixels uint8 [h, w, 3], the visible pixels of each digit, bool [h, w], and the digits' classes."""
         rng = self._generator(index)
         height, width = self._size(rng)
-        ground = rng.uniform(30, 225, 3)
+        ground = rng.uniform(10, 90, 3)
         pixels = _texture(height, width, rng) + ground
         layers, labels = [], []
         for _ in range(rng.integers(1, _MOST, endpoint=True)):
@@ -161,11 +161,11 @@ def open_scenes(
 
 
 def _texture(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """Noise of three scales with standard deviations of 6 to 18 levels, float64 [height, width, 3]."""
+    """Noise of three scales with standard deviations of 3 to 9 levels, float64 [height, width, 3]."""
     total = np.zeros((height, width, 3))
     for cells in (3, 8, 24):
         for band in range(3):
-            coarse = Image.fromarray(rng.normal(0, rng.uniform(6, 18), (cells, cells)).astype(np.float32))
+            coarse = Image.fromarray(rng.normal(0, rng.uniform(3, 9), (cells, cells)).astype(np.float32))
             total[..., band] += np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
     return total
 
@@ -173,7 +173,7 @@ def _texture(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
 def _colour(ground: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     while True:
         colour = rng.uniform(0, 255, 3)
-        if abs((colour - ground) @ _LUMA) >= _CONTRAST:
+        if (colour - ground) @ _LUMA >= _CONTRAST:
             return colour
 
 

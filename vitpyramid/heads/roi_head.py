@@ -23,6 +23,7 @@ from vitpyramid.heads.rpn import Proposals
 from vitpyramid.models.backbone import Level
 from vitpyramid.models.initialisers import fan_out_normal, gaussian
 from vitpyramid.models.layers import at_least_float32
+from vitpyramid.models.sharding import map_rows
 
 STDS = (0.1, 0.1, 0.2, 0.2)  # of deltas
 BOX_BINS, MASK_BINS = 7, 14
@@ -180,7 +181,7 @@ class RoIHead(nn.Module):
             classes = jnp.where(positive, labels[match], self.num_classes)
             return Regions(boxes, classes, match, positive, chosen, index)
 
-        return jax.vmap(of_image)(proposals.boxes, proposals.valid, targets.boxes, targets.labels, targets.valid, keys)
+        return map_rows(of_image, proposals.boxes, proposals.valid, targets.boxes, targets.labels, targets.valid, keys)
 
     def losses(self, levels: tuple[Level, ...], regions: Regions, targets: Targets) -> dict[str, jax.Array]:
         """Cross-entropy of classes, L1 loss of positives' deltas, binary cross-entropy of their masks: `[]` each."""
@@ -226,6 +227,6 @@ class RoIHead(nn.Module):
             labels = jnp.where(kept.valid, classes[kept.index], 0).astype(jnp.int32)
             return Detections(kept.boxes, kept.scores, labels, kept.valid)
 
-        found = jax.vmap(of_image)(proposals.boxes, proposals.valid, logits, deltas, sizes)
+        found = map_rows(of_image, proposals.boxes, proposals.valid, logits, deltas, sizes)
         masks = jax.nn.sigmoid(self.masks_of(levels, found.boxes, found.labels))
         return found.replace(masks=jnp.where(found.valid[..., None, None], masks, 0))

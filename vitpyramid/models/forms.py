@@ -106,7 +106,7 @@ def widening_convolution_tpu(x, kernel, bias, dtype):
 
 
 def convolution(x: jax.Array, kernel: jax.Array, strides: tuple, pads: tuple) -> jax.Array:
-    """`[B, H, W, C]` and `[p, q, C, features]` -> `[B, h, w, features]`, padded by `pads`, no less than 0.
+    """`[B, H, W, C]` and `[p, q, C, features]` -> `[B, h, w, features]`, padded or cut by `pads`.
 
     The gradient of the kernel is one matrix product for each of its places: XLA on CPU takes a convolution with windows
     as large as the map, on one core.
@@ -125,7 +125,7 @@ def _convolution_backward(strides, pads, stored, cotangent):
     x, kernel = stored
     _, backward = jax.vjp(lambda x: convolve(x, kernel, strides, pads), x)
     (rows, columns), (_, h, w, features) = strides, cotangent.shape
-    padded = jnp.pad(x, [(0, 0), *pads, (0, 0)])
+    padded = jax.lax.pad(x, jnp.zeros((), x.dtype), [(low, high, 0) for low, high in ((0, 0), *pads, (0, 0))])
     of_rows = cotangent.reshape(-1, features)
 
     def place(i, j):

@@ -1,5 +1,8 @@
 """How activations lie on a mesh of devices."""
 
+import math
+from collections.abc import Callable
+
 import jax
 from jax.sharding import PartitionSpec
 
@@ -13,5 +16,24 @@ def shard_batch(x: jax.Array) -> jax.Array:
     Without this at block boundaries the compiler shards activations over features when parameters are sharded,
     which costs a gather of the whole batch in every block.
     """
-    axes = tuple(axis for axis in BATCH_AXES if axis in jax.sharding.get_abstract_mesh().axis_names)
+    axes = _batch_axes()
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
+
+
+def map_rows(function: Callable, *rows):
+    """`jax.vmap(function)(*rows)`, each device of the mesh by itself for its own rows.
+
+    For sorts and for loops whose turns depend on the data: left to the compiler, devices gather the whole batch for the
+    former and ask one another in every turn of the latter whether it was the last.
+    """
+    axes = _batch_axes()
+    devices = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
+    mapped, spec = jax.vmap(function), PartitionSpec(axes)
+    if devices > 1 and len(jax.tree.leaves(rows)[0]) % devices == 0:
+        mapped = jax.shard_map(mapped, in_specs=spec, out_specs=spec, check_vma=False)
+    return mapped(*rows)
+
+
+def _batch_axes() -> tuple[str, ...]:
+    """Those of the mesh that is set."""
+    return tuple(axis for axis in BATCH_AXES if axis in jax.sharding.get_abstract_mesh().axis_names)
