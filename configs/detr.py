@@ -10,14 +10,14 @@ COCO is a folder as its authors publish it: `annotations/instances_train2017.jso
     detr_pvt_small                    AP 34.7 of boxes after 50 epochs (of ResNet-50 in the same setting: 32.3)
     deformable_detr_two_stage_pit_s   39.4, at half the usual resolution (ResNet-50: 41.5)
 
-DETR: mmdetection's settings, of whai362/PVT `detection/configs/detr_pvt_s_8x2_50ep_coco.py`: 8 GPUs with two images each.
-The authors' cross entropy is a mean over the queries of a GPU's two images, ours over those of the whole batch.
+DETR: mmdetection's settings, of whai362/PVT `detection/configs/detr_pvt_s_8x2_50ep_coco.py`: 8 GPUs with two images
+each. The authors' cross entropy is a mean over the queries of a GPU's two images, ours over those of the whole batch.
 
 Deformable DETR: its authors' settings, of fundamentalvision/Deformable-DETR `main.py`, with images half as large, as
-PiT's paper says; also `deformable_detr_pit_s` and `deformable_detr_refine_pit_s`, with learned queries, without and with
-refinement of boxes. Of the three, the one in two stages has the published number of parameters, 36.6 million with 91
-classes. PiT's authors published no code of it: how large a batch and which drop path they had is not known. Theirs may
-have cropped images at random in half of the cases, as the originals of both detectors do; here none is cropped.
+in PiT's paper; also `deformable_detr_pit_s` and `deformable_detr_refine_pit_s`, with learned queries, without and with
+refinement of boxes. Of the three, the one in two stages has the published number of parameters: 36.6 million, with 91
+classes. PiT's authors published no code of it; their batch and their drop path are not known. The originals of both
+detectors also crop half of the images at random, which is not done here.
 """
 
 from ml_collections import ConfigDict

@@ -6,7 +6,8 @@
     python main.py --config=configs/quickstart.py:rest
 
 After the colon a family: pvt (the default), pit, t2t_vit or rest, each with its own recipe scaled down. Or a task, on
-scenes composed of the digits: detect (RetinaNet), mask (Mask R-CNN) or segment (Semantic FPN), each on a small PVT.
+scenes composed of the digits: detect (RetinaNet), detr, deformable_detr, mask (Mask R-CNN) or segment (Semantic FPN),
+each on a small PVT, Deformable DETR on a small PiT.
 """
 
 from ml_collections import ConfigDict

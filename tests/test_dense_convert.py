@@ -79,13 +79,21 @@ def test_there_and_back(monkeypatch, tmp_path, released, capsys):
         load_pretrained(out, "retinanet_pvt_tiny")
 
 
-@pytest.mark.parametrize("library", ["facebookresearch", "huggingface"])
-def test_the_library_is_kept(monkeypatch, tmp_path, library, capsys):
-    """Of networks whose files have the names of several: what went in comes out."""
-    model = create_model("detr_pvt_micro", library=library, num_classes=4, image_size=64)
+@pytest.mark.parametrize(
+    ("name", "library"),
+    [
+        ("detr_pvt_micro", "facebookresearch"),
+        ("detr_pvt_micro", "huggingface"),
+        ("deformable_detr_pit_micro", "fundamentalvision"),
+        ("deformable_detr_pit_micro", "huggingface"),
+    ],
+)
+def test_the_library_is_kept(monkeypatch, tmp_path, name, library, capsys):
+    """Of networks whose files have the names of several, and arrays in parts or twice: what went in comes out."""
+    model = create_model(name, library=library, num_classes=4, image_size=64)
     state_dict = dense_names.to_state_dict(model, random_variables(model))
-    save_file(state_dict, tmp_path / "detr.safetensors")
-    assert run(monkeypatch, tmp_path / "detr.safetensors", "--model=detr_pvt_micro", f"--out={tmp_path / 'out'}") == 0
+    save_file(state_dict, tmp_path / "in.safetensors")
+    assert run(monkeypatch, tmp_path / "in.safetensors", f"--model={name}", f"--out={tmp_path / 'out'}") == 0
     assert f"took the file itself, {library} names\n" in capsys.readouterr().out
     assert load_pretrained(tmp_path / "out")[0] == model
     assert run(monkeypatch, tmp_path / "out", "--to-torch", f"--out={tmp_path / 'back.safetensors'}") == 0

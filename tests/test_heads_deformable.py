@@ -8,14 +8,16 @@ import pytest
 
 from dense_golden import DenseGolden
 from dense_networks import nchw, padded_targets
+from harness import NARROW
+from vitpyramid import create_model
 from vitpyramid.heads import deformable_attention as attention
 from vitpyramid.heads import deformable_detr, set_prediction
 from vitpyramid.heads.boxes import from_centres
 from vitpyramid.heads.deformable_detr import DeformableDETR
 from vitpyramid.heads.detector import rescale
 from vitpyramid.heads.transformer import padding_mask, sine_positions
-from vitpyramid.models.backbone import Level
-from vitpyramid.weights.dense_names import from_state_dict, to_state_dict
+from vitpyramid.models.backbone import Backbone, Level
+from vitpyramid.weights.dense_names import from_state_dict, network_of, to_state_dict
 
 EXACT = 1e-9
 
@@ -67,13 +69,13 @@ def test_attention(stem, form, monkeypatch):
     assert max(errors.values()) < EXACT, errors
 
 
-class Maps(nn.Module):
+class Maps(Backbone, kw_only=True):
     """Stands for a backbone: its maps are parameters, and so have gradients."""
 
     shapes: tuple[tuple[int, ...], ...]
 
     strides = (8, 16, 32)
-    stages, no_weight_decay, position_tables = (), (), ()
+    stages = ()
 
     def setup(self):
         self.maps = [self.param(f"map{i}", nn.initializers.zeros, shape) for i, shape in enumerate(self.shapes)]
@@ -95,7 +97,7 @@ def network(meta, maps, **options) -> DeformableDETR:
         "queries": "num_queries",
     }
     options |= {field: meta[name] for field, name in fields.items()}
-    below = Maps(tuple(x.shape for x in maps.values()))
+    below = Maps(shapes=tuple(x.shape for x in maps.values()))
     return DeformableDETR(backbone=below, levels=tuple(range(len(maps))), dtype=jnp.float64, **options)
 
 
@@ -174,7 +176,7 @@ def test_original(stem):
 
 
 def test_two_stages():
-    """Against HuggingFace's: proposals, what the decoder makes of them, losses, gradients; names in memory and in files."""
+    """Against HuggingFace's: proposals, what follows from them, losses, gradients; names in memory and in files."""
     golden = DenseGolden("deformable_detr_huggingface")
     meta, weights = golden.meta, golden.state_dict()
     maps = {
@@ -209,14 +211,57 @@ def test_two_stages():
     (_, (predictions, losses)), gradients = run(wide(variables["params"]))
     proposed_logits, proposed_boxes = predictions.proposed
     # Cells beyond the image are no candidates, but have positions that are of no meaning in transformers' numbers too.
-    assert golden.error("proposed/logits", proposed_logits[0]) < EXACT
-    assert golden.error("proposed/boxes", proposed_boxes[0]) < EXACT
+    assert golden.error("proposed/logits", proposed_logits) < EXACT
+    assert golden.error("proposed/boxes", proposed_boxes) < EXACT
     assert golden.error("logits", predictions.logits[-1]) < EXACT
     assert golden.error("boxes", predictions.boxes[-1]) < EXACT
     for theirs, (ours, weight) in PARTS.items():
         for kind in ("", "_enc"):
             assert golden.error(f"loss/{theirs}{kind}", losses[f"{ours}{kind}"][-1:] / weight) < EXACT
     check_gradients(golden, to_state_dict(model, {"params": gradients}), weights, maps)
+
+
+def test_names_say_classes_and_library():
+    for library, prefix in (("fundamentalvision", ""), ("huggingface", "model.")):
+        shapes = {f"{prefix}input_proj.0.0.bias": (64,), "class_embed.0.bias": (4,)}
+        found = network_of("deformable_detr_pit_micro", shapes)
+        assert found["num_classes"] == 4 and found.get("library", "fundamentalvision") == library
+    found = network_of("deformable_detr_two_stage_pit_s", {"transformer.decoder.class_embed.0.bias": (5,)})
+    assert found["num_classes"] == 5
+
+
+@pytest.mark.parametrize(("below", "levels"), [("t2t_vit_7", (0,)), ("rest_lite", (1, 2, 3))])
+def test_other_backbones(below, levels):
+    """Of one level, which coarser ones are made of, and of four, of which the finest is left out."""
+    small = {"queries": 5, "encoder_layers": 1, "decoder_layers": 2, "num_classes": 3}
+    model = create_model("deformable_detr_pit_s", backbone=below, **small)
+    assert model.levels == levels
+    images = jnp.zeros((2, 72, 100, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    assert set(variables["params"]) == {"backbone", *model.after}
+    found = jax.eval_shape(lambda variables: model.apply(variables, images, method="predict"), variables)
+    assert found.logits.shape == (2, 2, 5, 3) and found.boxes.shape == (2, 2, 5, 4)
+    assert found.logits.dtype == jnp.float32
+
+
+def test_initial_values():
+    """Biases, which the authors set: places around a cell, small boxes, classes that are hardly there."""
+    options = {"channels": 32, "queries": 5, "encoder_layers": 1, "decoder_layers": 2, "num_classes": 3}
+    model = create_model("deformable_detr_refine_pit_s", backbone=NARROW["pit"], **options)
+    with jax.enable_x64(False):
+        params = jax.jit(lambda: model.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3))))()["params"]
+    attention_of = params["transformer"]["encoder"]["layers_0"]["self_attn"]
+    offsets = attention_of["sampling_offsets"]["bias"].reshape(8, 4, 4, 2)
+    directions = [(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]
+    expected = np.array(directions)[:, None, None] * np.arange(1, 5)[:, None]
+    np.testing.assert_allclose(offsets, np.broadcast_to(expected, offsets.shape), atol=1e-6)
+    assert not np.any(attention_of["sampling_offsets"]["kernel"]) and not np.any(attention_of["output_proj"]["bias"])
+    for i, side in enumerate((-2, 0)):
+        np.testing.assert_allclose(params[f"class_embed_{i}"]["bias"], -np.log(99), rtol=1e-6)
+        last = params[f"bbox_embed_{i}"]["layers_2"]
+        assert last["bias"].tolist() == [0, 0, side, side] and not np.any(last["kernel"])
+    with pytest.raises(ValueError, match="two_stage = True: expected refine = True"):
+        jax.eval_shape(model.clone(refine=False, two_stage=True).init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
 
 
 def test_positions_and_padding():

@@ -1,4 +1,4 @@
-"""Detectors in training: random samples, images without anything, half precision."""
+"""Detectors in training: random samples, images without anything, half precision; and on several devices."""
 
 import jax
 import jax.numpy as jnp
@@ -9,18 +9,10 @@ from harness import random_images, random_variables
 from toy_family import Toy
 from vitpyramid import create_model
 from vitpyramid.heads.detector import Targets
-from vitpyramid.train.sharding import make_mesh
 
 OPTIONS = {"channels": 8, "num_classes": 3, "dtype": jnp.bfloat16}
-DETR = {"heads": 2, "ffn_channels": 16, "encoder_layers": 1, "decoder_layers": 2, "queries": 6, "remat": True}
+DETR = {"heads": 2, "ffn_channels": 16, "encoder_layers": 1, "decoder_layers": 1, "queries": 6, "remat": True}
 MASK_RCNN = {"fc_channels": 8, "rpn_before": (30, 20), "rpn_after": (20, 10), "rpn_samples": 16, "roi_samples": 8}
-
-
-@pytest.fixture
-def two_devices():
-    """A mesh over which the batch is split."""
-    with jax.set_mesh(make_mesh(1, jax.devices()[:2])):
-        yield
 
 
 @pytest.mark.parametrize(
@@ -32,7 +24,7 @@ def two_devices():
         ("deformable_detr_two_stage_pit_s", DETR | {"channels": 32, "feature_levels": 3}),
     ],
 )
-def test_an_image_without_objects(name, options, two_devices):
+def test_an_image_without_objects(name, options):
     """Losses and gradients are finite, at least float32, and of padded slots nothing depends on what they hold."""
     model = create_model(name, backbone=Toy(8, image_size=64), **OPTIONS | options)
     images = jnp.asarray(random_images(2, 64, 96))
@@ -82,3 +74,13 @@ def test_an_image_without_objects(name, options, two_devices):
         normaliser = float(updated["batch_stats"]["loss_normaliser"])
         positives = (normaliser - 90) / 0.1 * 2 - 1
         assert positives > 1 and abs(positives - round(positives)) < 1e-2
+
+
+@pytest.mark.parametrize("name", ["retinanet_pvt_micro", "mask_rcnn_pvt_micro"])
+def test_several_devices_detect(name, two_devices):
+    """The program is traced alone: more anchors than candidates, which are chosen on each device."""
+    model = create_model(name, image_size=64)
+    images = jax.ShapeDtypeStruct((2, 128, 128, 3), np.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    found = jax.eval_shape(lambda *args: model.apply(*args, method="detect"), variables, images, np.ones((2, 2)))
+    assert found.boxes.shape == (2, model.most_detections, 4)

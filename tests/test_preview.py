@@ -6,6 +6,7 @@ from PIL import Image
 
 from configs import quickstart
 from vitpyramid import data
+from vitpyramid.tasks.dense import open_split
 from vitpyramid.tools import preview
 
 
@@ -82,7 +83,10 @@ def test_erased_images(config):
 
 def dense(entry, **changes):
     config = quickstart.get_config(entry)
-    config.data.train_split, config.data.eval_split = "train[:6]", "test[:2]"
+    data = config.data
+    data.train_split, data.eval_split = "train[:6]", "test[:2]"
+    data.short_side, data.long_side, data.eval_short_side = (96,), 96, 96
+    data.canvas = data.eval_canvas = ((96, 96),)
     config.update_from_flattened_dict(changes)
     return config
 
@@ -122,7 +126,8 @@ def test_label_maps_that_are_learned():
     names = ["ground", *"0123456789"]
     assert captions == [", ".join(names[k] for k in np.unique(labels[labels < 255])) for labels in batch["label"]]
     tiles, captions = preview.evaluation_images(task)
-    assert tiles.shape == (2, 288, 288, 3) and captions[0].endswith(" of 124 x 117")
+    height, width = open_split(task.config, False).sizes()[0]
+    assert tiles.shape == (2, 288, 288, 3) and captions[0].endswith(f" of {height} x {width}")
 
 
 def test_caption():

@@ -14,10 +14,11 @@ import tempfile
 import numpy as np
 import torch
 
-sys.path[:0] = [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).parent.parent)]
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+from make_detr import import_transformers
 
 import dense_golden
-from make_detr import import_transformers
 
 META = {
     "kind": "deformable_detr",

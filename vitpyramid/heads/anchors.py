@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vitpyramid.models.backbone import Level
+
 RATIOS = (0.5, 1.0, 2.0)  # height over width
 # Images are padded to multiples of this before they are padded to the batch's canvas.
 DIVISOR = 32
@@ -33,6 +35,21 @@ def grid_anchors(base: np.ndarray, grid: tuple[int, int], stride: int, dtype=jnp
     y, x = jnp.meshgrid(*(stride * jnp.arange(side, dtype=dtype) for side in grid), indexing="ij")
     corners = jnp.stack([x, y, x, y], axis=-1)  # [h, w, 4]
     return (corners[:, :, None] + jnp.asarray(base, dtype)).reshape(-1, 4)
+
+
+def pyramid_anchors(
+    levels: Sequence[Level], scales: Sequence[float], order: str = "ratio", dtype=jnp.float32
+) -> tuple[jax.Array, ...]:
+    """`grid_anchors` of every level; their sizes are `scales` times its stride."""
+    bases = (base_anchors([scale * level.stride for scale in scales], order=order) for level in levels)
+    grids = ((level.x.shape[1:3], level.stride, dtype) for level in levels)
+    return tuple(grid_anchors(base, *grid) for base, grid in zip(bases, grids, strict=True))
+
+
+def inside_pyramid(levels: Sequence[Level], sizes: jax.Array, per_cell: int) -> jax.Array:
+    """`inside` of all levels, bool `[B, N]`."""
+    grids = [inside(level.x.shape[1:3], level.stride, sizes, per_cell) for level in levels]
+    return jnp.concatenate(grids, axis=1)
 
 
 def inside(grid: tuple[int, int], stride: int, sizes: jax.Array, per_cell: int) -> jax.Array:

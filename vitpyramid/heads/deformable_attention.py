@@ -1,12 +1,11 @@
 """Multi-scale deformable attention: Zhu et al., "Deformable DETR", ICLR 2021, section 4.1.
 
-Equal to `MSDeformAttn` of github.com/fundamentalvision/Deformable-DETR, commit 11169a6. A query looks at a few points of
-each level of a pyramid, which it chooses itself; the maps are sampled there bilinearly, and are zero outside.
+Equal to `MSDeformAttn` of github.com/fundamentalvision/Deformable-DETR, commit 11169a6. A query looks at a few places
+of each level of a pyramid, which it chooses itself; the maps are sampled there bilinearly, and are zero outside.
 """
 
 import functools
 import math
-from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -140,9 +139,7 @@ def sample_by_products(value: jax.Array, locations: jax.Array, weights: jax.Arra
     for level, dense in enumerate(_dense_weights(locations, weights, grids)):
         of_level = _as_map(value, level, grids)
         wide = at_least_float32(value.dtype)
-        out += jnp.einsum(
-            "bqhyx,byxhd->bqhd", dense.astype(value.dtype), of_level, preferred_element_type=wide
-        )
+        out += jnp.einsum("bqhyx,byxhd->bqhd", dense.astype(value.dtype), of_level, preferred_element_type=wide)
     return out.astype(value.dtype).reshape(*out.shape[:2], -1)
 
 

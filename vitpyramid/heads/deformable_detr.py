@@ -27,7 +27,7 @@ from vitpyramid.heads.transformer import (
 )
 from vitpyramid.models.initialisers import gaussian, torch_bias_init, torch_kernel_init, xavier_uniform
 from vitpyramid.models.layers import LayerNorm, at_least_float32
-from vitpyramid.models.sharding import shard_batch
+from vitpyramid.models.sharding import map_rows, shard_batch
 
 # Costs of a match, and parts of the loss.
 WEIGHTS = set_prediction.Weights(2.0, 5.0, 2.0)
@@ -56,7 +56,7 @@ class Predictions:
 
     Attributes:
       logits, boxes: `[L, B, Q, K]` and `[L, B, Q, 4]`, of the queries after each layer of the decoder.
-      proposed: `[1, B, S, K]` and `[1, B, S, 4]`, of the encoder's cells; with two stages.
+      proposed: `[B, S, K]` and `[B, S, 4]`, of the encoder's cells; with two stages.
     """
 
     logits: jax.Array
@@ -349,9 +349,7 @@ class DeformableDETR(DenseNetwork, kw_only=True):
         memory = self.transformer.encode(cells, positions, train)
         if self.two_stage:
             proposed = self._propose(memory)
-            _, best = jax.lax.top_k(proposed[0][0, ..., 0], min(self.queries, memory.x.shape[1]))
-            boxes = jnp.take_along_axis(proposed[1][0], best[..., None], axis=1)
-            begin = self.transformer.begin_at(jax.lax.stop_gradient(boxes))
+            begin = self.transformer.begin_at(jax.lax.stop_gradient(map_rows(self._best, *proposed)))
         else:
             proposed = None
             embedding = self.query_embed.embedding.astype(self.dtype)
@@ -359,9 +357,7 @@ class DeformableDETR(DenseNetwork, kw_only=True):
         found = self.transformer.decoder(*begin, memory, self._read_objects, train)
         return Predictions(*(jnp.stack(of) for of in zip(*found, strict=True)), proposed)
 
-    def cells(
-        self, maps: Sequence[jax.Array], sizes: jax.Array, canvas: tuple[int, int]
-    ) -> tuple[Cells, jax.Array]:
+    def cells(self, maps: Sequence[jax.Array], sizes: jax.Array, canvas: tuple[int, int]) -> tuple[Cells, jax.Array]:
         """What the transformer reads of the backbone's maps, and positions `[B, S, C]`; arguments as of `decode`."""
         wide = at_least_float32(self.dtype)
         levels, inside, ratios, positions = [], [], [], []
@@ -391,7 +387,12 @@ class DeformableDETR(DenseNetwork, kw_only=True):
     def _propose(self, memory: Cells) -> tuple[jax.Array, jax.Array]:
         """`Predictions.proposed`."""
         x, boxes = self.transformer.candidates(memory)
-        return self.class_embed[-1](x)[None], jax.nn.sigmoid(self.bbox_embed[-1](x) + boxes)[None]
+        return self.class_embed[-1](x), jax.nn.sigmoid(self.bbox_embed[-1](x) + boxes)
+
+    def _best(self, logits: jax.Array, boxes: jax.Array) -> jax.Array:
+        """Boxes of the cells that are most likely to be of class 0, `[Q, 4]`, of `[S, K]` and `[S, 4]`."""
+        _, best = jax.lax.top_k(logits[:, 0], min(self.queries, len(logits)))
+        return boxes[best]
 
     def losses(
         self, images: jax.Array, targets: Targets, sizes: jax.Array | None = None, train: bool = True
@@ -409,7 +410,8 @@ class DeformableDETR(DenseNetwork, kw_only=True):
         of = functools.partial(set_prediction.set_losses, sizes=sizes, focal=True, weights=WEIGHTS)
         losses = of(predictions.logits, predictions.boxes, targets)
         if self.two_stage:
-            found = of(*predictions.proposed, targets.replace(labels=jnp.zeros_like(targets.labels)))
+            proposed = (x[None] for x in predictions.proposed)
+            found = of(*proposed, targets.replace(labels=jnp.zeros_like(targets.labels)))
             losses |= {f"{name}_enc": value for name, value in found.items()}
         return losses
 
@@ -422,6 +424,4 @@ class DeformableDETR(DenseNetwork, kw_only=True):
     def detections_of(self, predictions: Predictions, sizes: jax.Array) -> Detections:
         """As `detect`, of predictions."""
         logits, boxes = predictions.logits[-1], predictions.boxes[-1]
-        return set_prediction.detections(
-            logits, boxes, sizes, focal=True, most=self.most_detections, clip=self.clip
-        )
+        return set_prediction.detections(logits, boxes, sizes, focal=True, most=self.most_detections, clip=self.clip)

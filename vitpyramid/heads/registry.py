@@ -156,7 +156,7 @@ FACTS: dict[str, Facts] = {
     "retinanet_pvt_micro": Facts(1_807_390),
     "mask_rcnn_pvt_micro": Facts(1_590_476),
     "semantic_fpn_pvt_micro": Facts(1_701_227),
-    "detr_pvt_micro": Facts(2_194_863),
+    "detr_pvt_micro": Facts(1_024_175),
     "deformable_detr_pit_micro": Facts(1_490_284),
 }
 

@@ -48,7 +48,9 @@ def names_of(source: str, count: int, network: str) -> list[str]:
 def categories_of(names: Sequence[str]) -> dict[int, str]:
     """Names of classes by what their ids are in results: COCO's if these are its classes, else 1, 2 ...."""
     coco = _coco()
-    return coco if list(coco.values()) == list(names) else dict(enumerate(names, start=1))
+    if list(names) == list(coco.values()):
+        return coco
+    return dict(enumerate(names, start=0 if list(names) == _by_id() else 1))
 
 
 def saved_meta(source: str) -> dict:
@@ -67,11 +69,14 @@ def saved_names(meta: dict) -> list[str]:
 
 
 def default_names(count: int, network: str = "") -> list[str]:
-    """ImageNet's names for 1000 classes, COCO's for 80 of a network for dense prediction; numbers for others."""
+    """ImageNet's names for 1000 classes; of a network for dense prediction COCO's for 80, and for 91, which are its ids
+    (facebookresearch's DETR); numbers for others."""
     if count == _IMAGENET:
         return names_in(IMAGENET_CLASSES, count)
-    if network in DENSE and count == len(_coco()):
-        return list(_coco().values())
+    if network in DENSE:
+        for coco in (list(_coco().values()), _by_id()):
+            if count == len(coco):
+                return coco
     return [f"class {i}" for i in range(count)]
 
 
@@ -79,6 +84,11 @@ def default_names(count: int, network: str = "") -> list[str]:
 def _coco() -> dict[int, str]:
     lines = (line.split(" ", 1) for line in COCO_CLASSES.read_text("utf-8").splitlines())
     return {int(number): name for number, name in lines}
+
+
+def _by_id() -> list[str]:
+    """COCO's names at the places of their ids."""
+    return [_coco().get(i, f"class {i}") for i in range(max(_coco()) + 1)]
 
 
 def names_in(file: Path, count: int) -> list[str]:

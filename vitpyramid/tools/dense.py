@@ -1,6 +1,7 @@
 """Detectors and segmenters on photographs: what they find, in COCO's form or as label maps, and pictures of it."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import io
 import json
@@ -80,10 +81,10 @@ def open_task(checkpoint: str, network: Mapping, size: tuple[int, int] | None = 
 
 
 def _recipe(kind: str, name: str) -> ConfigDict | dict:
-    try:
-        return load_config(f"{kind}.py:{name}")
-    except ValueError:  # of a network that has none
-        return {}
+    for file in (kind, "detr"):
+        with contextlib.suppress(ValueError):  # it has none for this network
+            return load_config(f"{file}.py:{name}")
+    return {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +107,13 @@ class _Pictures:
         return np.array([(image.height, image.width) for image in self.images], np.int32)
 
 
+def rows_of(config: ConfigDict, images: Sequence[Image.Image], names: Sequence[str], batch: int = 1) -> Iterator[dict]:
+    """Batches of images, upright, as `dense_pipeline.make_eval` makes them; `names` of the classes."""
+    config, ids = config.copy_and_resolve_references(), tuple(range(len(names)))
+    config.eval.batch_size = batch
+    return dense_pipeline.make_eval(config, Annotated("images", "", config.task, tuple(names), ids, _Pictures(images)))
+
+
 def look(
     task: Task,
     variables: dict,
@@ -123,8 +131,7 @@ def look(
       threshold: of scores; detections of less are left out.
       batch: images that are looked at together. A program is compiled for each shape of canvas.
     """
-    config, kind = task.config.copy_and_resolve_references(), task.config.task
-    config.eval.batch_size = batch
+    kind = task.config.task
     variables = jax.device_put(variables)
 
     @jax.jit
@@ -132,10 +139,8 @@ def look(
         return task.model.apply(variables, task.prepare_eval(rows), train=False, method=task.call)
 
     def seen_in(images: dict[Path, Image.Image]) -> dict[Path, Seen]:
-        pictures = _Pictures(tuple(images.values()))
-        source = Annotated("images", "", kind, tuple(categories.values()), tuple(categories), pictures)
         seen = {}
-        for rows in dense_pipeline.make_eval(config, source):
+        for rows in rows_of(task.config, tuple(images.values()), tuple(categories.values()), batch):
             places = [list(images)[index] if index >= 0 else None for index in rows["index"]]
             outputs = outputs_of(variables, rows)
             if kind == "segment":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -48,7 +49,11 @@ def open_network(checkpoint: str, name: str | None = None, size: Size | None = N
     Raises:
       ValueError, OSError: as `load_pretrained`; no classifier.
     """
-    network, variables = read_pretrained(checkpoint, name)
+    return classifier(checkpoint, *read_pretrained(checkpoint, name), size)
+
+
+def classifier(checkpoint: str, network: Mapping, variables: dict, size: Size | None = None) -> Network:
+    """As `open_network`, of what was read from `checkpoint`."""
     name, model = network["name"], create_model(**network)
     variant = evaluation_of(checkpoint, name)
     return Network(name, model, jax.device_put(variables), variant, height_width(size or model.image_size))

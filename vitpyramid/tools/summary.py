@@ -170,12 +170,16 @@ def summarise_dense(name: str, height: int | None = None, width: int | None = No
     height, width = height or own[0], width or own[1]
     variables = jax.eval_shape(model.init, jax.random.key(0), _images(1, *model.height_width))
     params, modules = variables["params"], ("backbone", *model.after)
-    counts = collections.Counter()
+    part_of = {module: re.sub(r"(_\d+)+$", "", module) for module in modules}
+    # A method of the network may call what is inside of a module.
+    inside = {name: part_of[module] for module in modules for name in params.get(module, ())}
+    sizes, counts = collections.Counter(), collections.Counter()
+    for module, part in part_of.items():
+        sizes[part] += _size(params.get(module, ()))
     for path, count in macs_by_path(model, variables, height, width).items():
-        counts[next((part for part in re.split(r"[/.]", path) if part in modules), "others")] += count
-    parts = tuple(
-        Part(part, _size(params.get(part, ())), counts[part]) for part in {**dict.fromkeys(modules), **counts}
-    )
+        parts = ((inside | part_of).get(name) for name in re.split(r"[/.]", path))
+        counts[next(filter(None, parts), "others")] += count
+    parts = tuple(Part(part, sizes[part], counts[part]) for part in {**sizes, **counts})
     published = (facts.published, facts.gmacs) if facts else (None, None)
     return DenseSummary(name, height, width, parts, *published, tuple(model.backbone.strides[i] for i in model.levels))
 

@@ -60,7 +60,7 @@ def network_of(name: str, torch_shapes: names.Shapes, backbone: str = "") -> dic
     tables = {}
     for ours, table in zip(model.backbone.position_tables, model.position_tables, strict=True):
         key = torch_name(model, tuple(table.path.split("/")))
-        tables |= {ours.path: torch_shapes[key]} if key in torch_shapes else {}
+        tables |= {ours.path: names.flax_shape(table.path, torch_shapes[key])} if key in torch_shapes else {}
     return {
         "name": name,
         "backbone": backbone,

@@ -123,7 +123,7 @@ def in_torch(shapes: Mapping[Path, tuple[int, ...]]) -> Shapes:
     }
 
 
-def _flax_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def flax_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of the Flax array at `path` (joined by "/") of a PyTorch array."""
     return tuple(shape[axis] for axis in np.argsort(torch_axes(tuple(path.split("/")), len(shape))))
 
@@ -142,7 +142,7 @@ def network_of(name: str, torch_shapes: Shapes) -> dict:
     head, no position tables or some that make no sense, the model's own numbers."""
     model = create_model(name)
     tables = {
-        table.path: _flax_shape(table.path, torch_shapes[key])
+        table.path: flax_shape(table.path, torch_shapes[key])
         for key, table in position_tables(model).items()
         if key in torch_shapes
     }
