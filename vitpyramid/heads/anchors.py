@@ -30,9 +30,10 @@ def base_anchors(sizes: Sequence[float], ratios: Sequence[float] = RATIOS, order
 
 def grid_anchors(base: np.ndarray, grid: tuple[int, int], stride: int, dtype=jnp.float32) -> jax.Array:
     """`[h * w * A, 4]`: row-major over `grid = (h, w)`, then in the order of `base [A, 4]`."""
-    y, x = jnp.meshgrid(*(stride * jnp.arange(side, dtype=dtype) for side in grid), indexing="ij")
-    corners = jnp.stack([x, y, x, y], axis=-1)  # [h, w, 4]
-    return (corners[:, :, None] + jnp.asarray(base, dtype)).reshape(-1, 4)
+    cell, kind = jnp.divmod(jnp.arange(grid[0] * grid[1] * len(base)), len(base))
+    y, x = (stride * of.astype(dtype) for of in jnp.divmod(cell, grid[1]))
+    # Side by side, each of one long axis: a TPU pads an axis of 4 to 128.
+    return jnp.stack([of + jnp.asarray(base[:, i], dtype)[kind] for i, of in enumerate((x, y, x, y))], axis=-1)
 
 
 def inside(grid: tuple[int, int], stride: int, sizes: jax.Array, per_cell: int) -> jax.Array:

@@ -21,6 +21,7 @@ from vitpyramid.heads.layers import convolution, per_anchor
 from vitpyramid.heads.matching import assign
 from vitpyramid.heads.network import DenseNetwork
 from vitpyramid.heads.nms import nms
+from vitpyramid.heads.selection import top_k
 from vitpyramid.models.backbone import Level
 from vitpyramid.models.initialisers import fan_in_uniform, xavier_uniform
 from vitpyramid.models.layers import at_least_float32
@@ -177,11 +178,9 @@ class RetinaNet(DenseNetwork, kw_only=True):
     @nn.nowrap
     def assign(self, levels: tuple[Level, ...], targets: Targets, sizes: jax.Array):
         """`Assignment` `[B, N]` of all levels' anchors."""
-        of_levels = self.anchors(levels)
-        all_anchors = jnp.concatenate(of_levels)
         batch = len(targets.boxes)
         if self.learns_padding:
-            learned = jnp.ones((batch, len(all_anchors)), bool)
+            learned = jnp.ones((batch, sum(len(of) for of in self.anchors(levels))), bool)
         else:
             per_cell = len(self._base(1))
             learned = [anchors.inside(level.x.shape[1:3], level.stride, sizes, per_cell) for level in levels]
@@ -189,7 +188,7 @@ class RetinaNet(DenseNetwork, kw_only=True):
         rule = functools.partial(assign, positive=0.5, negative=0.4, low_quality=self.low_quality)
 
         def of_image(boxes, valid, inside):
-            return rule(box.overlaps(boxes, all_anchors), valid, inside)
+            return rule(box.overlaps(boxes, jnp.concatenate(self.anchors(levels))), valid, inside)
 
         return map_rows(of_image, targets.boxes, targets.valid, learned)
 
@@ -246,12 +245,10 @@ class RetinaNet(DenseNetwork, kw_only=True):
     @nn.nowrap
     def detections_of(self, predictions: Predictions, sizes: jax.Array) -> Detections:
         """As `detect`, of predictions."""
-        anchors_of = self.anchors(predictions.levels)
 
         def of_image(logits, deltas, size):
-            candidates = [
-                self._candidates(*of_level, size) for of_level in zip(logits, deltas, anchors_of, strict=True)
-            ]
+            of_levels = zip(logits, deltas, self.anchors(predictions.levels), strict=True)
+            candidates = [self._candidates(*of_level, size) for of_level in of_levels]
             boxes, scores, classes, there = (jnp.concatenate(of) for of in zip(*candidates, strict=True))
             kept = nms(boxes, scores, there, self.iou_threshold, self.most_detections, classes)
             labels = jnp.where(kept.valid, classes[kept.index], 0)
@@ -267,12 +264,12 @@ class RetinaNet(DenseNetwork, kw_only=True):
         decode = functools.partial(box.decode, clamp_below=self.clamp_below)
         if self.candidates == "pairs":
             scores = jnp.where(scores > self.score_threshold, scores, 0).ravel()
-            scores, pair = jax.lax.top_k(scores, min(self.most_candidates, n * k))
+            scores, pair = top_k(scores, min(self.most_candidates, n * k))
             anchor, classes = pair // k, pair % k
             boxes = decode(of_level[anchor], deltas[anchor])
         else:
             if n > self.most_candidates:
-                _, anchor = jax.lax.top_k(scores.max(axis=1), self.most_candidates)
+                _, anchor = top_k(scores.max(axis=1), self.most_candidates)
                 of_level, deltas, scores = of_level[anchor], deltas[anchor], scores[anchor]
             boxes, classes = jnp.repeat(decode(of_level, deltas), k, axis=0), jnp.tile(jnp.arange(k), len(deltas))
             scores = scores.ravel()
