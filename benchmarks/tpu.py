@@ -16,8 +16,10 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from vitpyramid.heads.deformable_attention import DeformableAttention
 from vitpyramid.models import layers, pit, rest, t2t_module
 from vitpyramid.models.attention import SelfAttention
 from vitpyramid.tasks import make_task
@@ -26,6 +28,25 @@ from vitpyramid.train import program
 from vitpyramid.train.sharding import make_mesh
 
 BF16 = jnp.bfloat16
+
+
+# Levels of PiT-S, and the one behind them, of a canvas of 416 x 672.
+DEFORMABLE_GRIDS = ((51, 83), (26, 42), (13, 21), (7, 11))
+
+
+class Deformable(nn.Module):
+    """Deformable attention to cells: of themselves, or of as many queries as there are, which are some of them."""
+
+    queries: int | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        places = [np.mgrid[:h, :w].reshape(2, -1).T[:, ::-1] + 0.5 for h, w in DEFORMABLE_GRIDS]
+        places = [place / (w, h) for place, (h, w) in zip(places, DEFORMABLE_GRIDS, strict=True)]
+        places = jnp.asarray(np.concatenate(places)[: self.queries, None], jnp.float32)
+        reference = jnp.broadcast_to(places, (len(x), len(places), 4, 2))
+        attention = DeformableAttention(heads=8, levels=4, points=4, dtype=BF16)
+        return attention(x[:, : self.queries], reference, x, DEFORMABLE_GRIDS)
 
 
 class SplitProjection(nn.Module):
@@ -59,6 +80,8 @@ LAYERS = {
     "attention 197": (SelfAttention(6, qkv_bias=True, dtype=BF16), (197, 384)),
     "norm 197": (layers.LayerNorm(1e-6, BF16), (197, 384)),
     "mlp 197": (layers.Mlp(4, dtype=BF16), (197, 384)),
+    "deformable": (Deformable(), (5675, 256)),
+    "deformable 300": (Deformable(300), (5675, 256)),
     "mlp 3136": (layers.Mlp(8, dtype=BF16), (3136, 64)),
 }
 

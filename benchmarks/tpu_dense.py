@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from vitpyramid.heads import masks
+from vitpyramid.heads import masks, set_prediction
 from vitpyramid.heads.detector import Targets
 from vitpyramid.heads.registry import create_model
 from vitpyramid.heads.retinanet import Predictions
@@ -114,6 +114,11 @@ PARTS = {
             )
         ),
         (array(SLOTS, CANVAS[0], CANVAS[1] // 8, dtype=jnp.uint8), array(128, 4), array(128, dtype=jnp.int32)),
+    ),
+    # Six layers of 100 queries.
+    "detr matching": (
+        lambda cost, valid: set_prediction.match(cost.swapaxes(0, 1), valid),
+        (array(6, 100, SLOTS), array(SLOTS, dtype=jnp.bool_)),
     ),
 }
 

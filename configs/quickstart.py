@@ -6,7 +6,8 @@
     python main.py --config=configs/quickstart.py:rest
 
 After the colon a family: pvt (the default), pit, t2t_vit or rest, each with its own recipe scaled down. Or a task, on
-scenes composed of the digits: detect (RetinaNet), mask (Mask R-CNN) or segment (Semantic FPN), each on a small PVT.
+scenes composed of the digits: detect (RetinaNet), detr, deformable_detr, mask (Mask R-CNN) or segment (Semantic FPN),
+each on a small PVT, Deformable DETR on a small PiT.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +15,13 @@ from ml_collections import ConfigDict
 from vitpyramid.configs import base
 
 FAMILIES = ("pvt", "pit", "t2t_vit", "rest")
-DENSE = {"detect": "retinanet_pvt_micro", "mask": "mask_rcnn_pvt_micro", "segment": "semantic_fpn_pvt_micro"}
+DENSE = {
+    "detect": "retinanet_pvt_micro",
+    "detr": "detr_pvt_micro",
+    "deformable_detr": "deformable_detr_pit_micro",
+    "mask": "mask_rcnn_pvt_micro",
+    "segment": "semantic_fpn_pvt_micro",
+}
 
 
 def get_config(family: str = "pvt") -> ConfigDict:
@@ -82,4 +89,20 @@ def _scenes(entry: str) -> ConfigDict:
 
     config.eval.batch_size = 40
     config.eval.every_epochs = config.checkpoint.every_epochs = 2.0
+    return {"detr": _detr, "deformable_detr": _deformable_detr}.get(entry, lambda config: config)(config)
+
+
+def _detr(config: ConfigDict) -> ConfigDict:
+    """DETR learns slowly: more epochs of larger batches."""
+    config.batch_size, config.epochs = 16, 30.0
+    config.optim.lr, config.optim.weight_decay, config.optim.clip_norm = 6e-4, 1e-4, 0.1
+    config.schedule.warmup_epochs = 1.0
+    config.eval.every_epochs = config.checkpoint.every_epochs = 5.0
+    return config
+
+
+def _deformable_detr(config: ConfigDict) -> ConfigDict:
+    config.epochs = 5.0
+    config.optim.lr, config.schedule.warmup_epochs = 6e-4, 0.1
+    config.eval.every_epochs = config.checkpoint.every_epochs = 1.0
     return config

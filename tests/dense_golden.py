@@ -23,6 +23,8 @@ FINAL = {
     "anchor_deltas": (0.3, 0.0),
     "fc_cls": (2.0, 0.0),
     "fc_reg": (0.5, 0.0),
+    "class_embed": (2.0, 0.0),
+    "bbox_embed": (1.0, 0.0),
     "conv_logits": (1.5, 0.0),
     "predictor": (1.5, 0.0),
     "conv_seg": (1.5, 0.0),
@@ -30,10 +32,13 @@ FINAL = {
 # Parts of names and the gain of their weights; the first match counts.
 GAIN = (
     ("fpn_", 1.0),
+    ("in_proj_weight", 1.3),
     (".q.weight", 1.3),
     (".kv.weight", 1.3),
     (".attn.proj.weight", 0.3),
     (".mlp.fc2.weight", 0.5),
+    ("attention_weights.weight", 1.3),
+    ("sampling_offsets.weight", 0.5),
     ("shared_fcs", 1.4),
     ("box_head.fc", 1.4),
     ("upsample.weight", 1.4),
@@ -61,9 +66,13 @@ def weight(seed: int, name: str, shape) -> np.ndarray:
         value = 0.1 * draw
     elif leaf == "running_var":
         value = 1.0 + 0.1 * np.abs(draw)
-    elif "pos_embed" in name:
+    elif any(part in name for part in ("pos_embed", "cls_token", "level_embed", "query_embed")):
         value = draw
-    elif leaf == "bias":
+    elif name.endswith("sampling_offsets.bias"):
+        value = 2.0 * draw
+    elif name.endswith("reference_points.bias"):
+        value = draw
+    elif leaf in ("bias", "in_proj_bias"):
         value = (final[1] if final else 0.0) + 0.1 * draw
     elif len(shape) == 1:
         value = 1.0 + 0.1 * draw

@@ -48,7 +48,7 @@ def tiny(entry, **changes):
     return config
 
 
-@pytest.mark.parametrize("entry", ("detect", "mask", "segment"))
+@pytest.mark.parametrize("entry", ("detect", "detr", "mask", "segment"))
 def test_batches_are_as_the_task_says(entry):
     config = tiny(entry)
     validate(config, base.get_config(), 8)
@@ -189,6 +189,29 @@ def test_from_a_classifier(tmp_path, caplog, monkeypatch):
     config.init = str(tmp_path / "nothing")
     with pytest.raises(ConfigError, match="init = "):
         make_task(config).initial()
+
+
+def test_from_a_whole_network(monkeypatch):
+    """With the config's classes, size and backbone; what fits neither reading is told of both."""
+    asked = []
+
+    def load_pretrained(init, name, **wanted):
+        asked.append((init, name, wanted))
+        if init == "unfit":
+            raise ValueError(f"no {name}")
+        return None, {"params": {"neck": 1}}
+
+    monkeypatch.setattr(dense, "load_pretrained", load_pretrained)
+    config = tiny("detect", **{"init": "whole", "model.backbone": "pit_micro"})
+    assert make_task(config).initial() == {"params": {"neck": 1}}
+    wanted = {"num_classes": 10, "image_size": 96, "seed": 1, "backbone": "pit_micro"}
+    assert asked == [("whole", "retinanet_pvt_micro", wanted)]
+    config.init = "unfit"
+    with pytest.raises(ConfigError) as error:
+        make_task(config).initial()
+    assert str(error.value) == (
+        "init = 'unfit': neither weights of retinanet_pvt_micro: no retinanet_pvt_micro\nnor of pit_micro: no pit_micro"
+    )
 
 
 def test_configs_that_cannot_be_run():

@@ -1,4 +1,4 @@
-"""Detectors in training: random samples, images without anything, half precision."""
+"""Detectors in training: random samples, images without anything, half precision; and on several devices."""
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +11,22 @@ from vitpyramid import create_model
 from vitpyramid.heads.detector import Targets
 
 OPTIONS = {"channels": 8, "num_classes": 3, "dtype": jnp.bfloat16}
+DETR = {"heads": 2, "ffn_channels": 16, "encoder_layers": 1, "decoder_layers": 1, "queries": 6, "remat": True}
 MASK_RCNN = {"fc_channels": 8, "rpn_before": (30, 20), "rpn_after": (20, 10), "rpn_samples": 16, "roi_samples": 8}
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("retinanet_rest_small", {"images_per_group": 1}), ("mask_rcnn_pvt_tiny", MASK_RCNN)]
+    ("name", "options"),
+    [
+        ("retinanet_rest_small", {"images_per_group": 1}),
+        ("mask_rcnn_pvt_tiny", MASK_RCNN),
+        ("detr_pvt_small", DETR),
+        ("deformable_detr_two_stage_pit_s", DETR | {"channels": 32, "feature_levels": 3}),
+    ],
 )
 def test_an_image_without_objects(name, options):
     """Losses and gradients are finite, at least float32, and of padded slots nothing depends on what they hold."""
-    model = create_model(name, backbone=Toy(8, image_size=64), **OPTIONS, **options)
+    model = create_model(name, backbone=Toy(8, image_size=64), **OPTIONS | options)
     images = jnp.asarray(random_images(2, 64, 96))
     sizes = np.array([[64, 90], [50, 96]])
     boxes = np.zeros((2, 3, 4), np.float32)
@@ -59,11 +66,21 @@ def test_an_image_without_objects(name, options):
     garbage = np.where(valid[..., None], boxes, np.nan)
     again, *_ = step(variables["params"], garbage, jax.random.key(1))
     assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), found, again))
-    if name.startswith("mask"):
+    if not name.startswith("retinanet"):
         other, *_ = step(variables["params"], boxes, jax.random.key(2))
-        assert any((found[key] != other[key]).any() for key in found)  # other samples
+        assert any((found[key] != other[key]).any() for key in found)  # other samples, other dropout
     else:
         # Of each image by itself: the second has none, and counts as one.
         normaliser = float(updated["batch_stats"]["loss_normaliser"])
         positives = (normaliser - 90) / 0.1 * 2 - 1
         assert positives > 1 and abs(positives - round(positives)) < 1e-2
+
+
+@pytest.mark.parametrize("name", ["retinanet_pvt_micro", "mask_rcnn_pvt_micro"])
+def test_several_devices_detect(name, two_devices):
+    """The program is traced alone: more anchors than candidates, which are chosen on each device."""
+    model = create_model(name, image_size=64)
+    images = jax.ShapeDtypeStruct((2, 128, 128, 3), np.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    found = jax.eval_shape(lambda *args: model.apply(*args, method="detect"), variables, images, np.ones((2, 2)))
+    assert found.boxes.shape == (2, model.most_detections, 4)

@@ -8,9 +8,11 @@ import pytest
 from flax import traverse_util
 
 from harness import random_state_dict
+from vitpyramid import create_model
 from vitpyramid.models.registry import list_models
 from vitpyramid.weights import names
 from vitpyramid.weights.containers import open_contents
+from vitpyramid.weights.dense_names import torch_shapes
 from vitpyramid.weights.importer import import_weights, recognise
 
 
@@ -280,7 +282,8 @@ def mmdetection_name(key: str) -> str:
     return f"layers.{stage}.1.0.pos_embed" if match[1] == "pos_embed" else f"layers.{stage}.1.{block}.{rest}"
 
 
-def test_mmdetection_names_of_pvt():
+def mmdetection_backbone() -> dict:
+    """The backbone of a detector as MMDetection has it."""
     theirs = {}
     for key, array in pvt().items():
         if key.startswith(("head.", "norm.", "cls_token")) or ".attn.kv." in key:
@@ -292,6 +295,11 @@ def test_mmdetection_names_of_pvt():
         if ".mlp.fc" in key and key.endswith("weight"):
             array = array[:, :, None, None]
         theirs[f"backbone.{name}"] = array[:, 1:] if key == "pos_embed4" else array
+    return theirs
+
+
+def test_mmdetection_names_of_pvt():
+    theirs = mmdetection_backbone()
     assert "backbone.layers.2.1.1.attn.attn.in_proj_bias" in theirs
     contents = open_contents({"state_dict": theirs, "meta": {}})
     assert contents.names == "MMDetection"
@@ -302,6 +310,22 @@ def test_mmdetection_names_of_pvt():
             for path, array in traverse_util.flatten_dict(expected[part]).items():
                 np.testing.assert_array_equal(traverse_util.flatten_dict(params[part])[path], array)
     np.testing.assert_array_equal(params["pos_embed4"][:, 1:], expected["pos_embed4"][:, 1:])
+
+
+def test_mmdetection_names_of_pvt_below_heads():
+    model = create_model("retinanet_pvt_micro", num_classes=4, image_size=32)
+    rng, shapes = np.random.default_rng(0), torch_shapes(model)
+    heads = {key: rng.standard_normal(shape) for key, shape in shapes.items() if not key.startswith("backbone.")}
+    contents = open_contents({"state_dict": heads | mmdetection_backbone()}, name="retinanet_pvt_micro")
+    assert contents.ignored == []
+    assert contents.origin["backbone.block3.0.attn.q.bias"] == "backbone.layers.2.1.1.attn.attn.in_proj_bias"
+    network, variables, notes = import_weights(contents, "retinanet_pvt_micro")
+    assert create_model(**network) == model and notes == {"initialised": ["backbone.pos_embed4[:, 0]"]}
+    params = variables["params"]
+    kernel = params["backbone"]["block3_0"]["attn"]["q"]["kernel"]
+    np.testing.assert_array_equal(kernel, pvt()["block3.0.attn.q.weight"].T)
+    bias = heads["bbox_head.retina_cls.bias"].astype(np.float32)
+    np.testing.assert_array_equal(params["bbox_head"]["retina_cls"]["bias"], bias)
 
 
 @pytest.mark.parametrize("prefix", ["backbone.", "backbone.bottom_up."])

@@ -14,10 +14,10 @@ from PIL import Image, ImageOps
 
 from vitpyramid import create_model
 from vitpyramid.data.augment import eval_crop
-from vitpyramid.models.registry import get_variant, list_models
+from vitpyramid.models.registry import get_variant
 from vitpyramid.tools import predict as module
-from vitpyramid.tools.classes import IMAGENET_CLASSES, default_names
-from vitpyramid.tools.predict import main, name_of, predict
+from vitpyramid.tools.classes import IMAGENET_CLASSES, categories_of, default_names
+from vitpyramid.tools.predict import main, predict
 from vitpyramid.tools.preprocess import evaluation_of, read_image
 from vitpyramid.weights.store import write_weights
 
@@ -300,13 +300,13 @@ def test_a_run_is_cut_as_it_was_evaluated(network, weights, photos, tmp_path, ca
     assert json.loads(out)["top"][0]["probability"] == pytest.approx(probability, rel=1e-4)
     config["data"] |= {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
     (run / "config.json").write_text(json.dumps(config))
-    found = evaluation_of(str(run), VARIANT)
+    found = evaluation_of(str(run), NAME)
     assert (found.mean, found.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     _, out, _ = command(capsys, photos / "a.png", f"--checkpoint={run}", "--json", "--top=1")
     assert json.loads(out)["top"][0]["probability"] != pytest.approx(probability, rel=1e-4)
     del config["data"]["eval_interpolation"]  # of a run before there was this key
     (run / "config.json").write_text(json.dumps(config))
-    assert evaluation_of(str(run), VARIANT).interpolation == "bicubic"
+    assert evaluation_of(str(run), NAME).interpolation == "bicubic"
 
 
 def test_imagenet_classes():
@@ -318,8 +318,14 @@ def test_imagenet_classes():
     assert default_names(3) == ["class 0", "class 1", "class 2"]
 
 
-def test_networks_are_known_by_their_fields():
-    for name in list_models():
-        assert name_of(create_model(name, num_classes=7, image_size=64)) == name
-    with pytest.raises(ValueError, match="expected one of the networks in list_models"):
-        name_of(create_model("pvt_micro", depths=(1, 1, 2, 1)))
+def test_classes_of_coco():
+    names = default_names(80, "retinanet_pvt_small")
+    assert (names[0], names[11], names[79], len(set(names))) == ("person", "stop sign", "toothbrush", 80)
+    categories = categories_of(names)
+    assert list(categories.values()) == names
+    # The ids that COCO's files do not have.
+    assert set(range(1, 91)) - set(categories) == {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+    assert default_names(80, "pvt_small")[0] == "class 0"
+    assert categories_of(["cat", "dog"]) == {1: "cat", 2: "dog"}
+    by_id = categories_of(default_names(91, "detr_pvt_small"))
+    assert {i: by_id[i] for i in categories} == categories and list(by_id) == list(range(91))

@@ -6,6 +6,7 @@ from PIL import Image
 
 from configs import quickstart
 from vitpyramid import data
+from vitpyramid.tasks.dense import open_split
 from vitpyramid.tools import preview
 
 
@@ -78,6 +79,55 @@ def test_erased_images(config):
     images, _ = preview.training_images(preview.small_task(config, 6))
     for image, original in zip(images, plain, strict=True):
         assert 0.005 < (image != original).any(-1).mean() < 0.4
+
+
+def dense(entry, **changes):
+    config = quickstart.get_config(entry)
+    data = config.data
+    data.train_split, data.eval_split = "train[:6]", "test[:2]"
+    data.short_side, data.long_side, data.eval_short_side = (96,), 96, 96
+    data.canvas = data.eval_canvas = ((96, 96),)
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def test_boxes_and_masks_that_are_learned():
+    task = preview.small_task(dense("mask", **{"data.channels": "bgr"}), 3)
+    tiles, captions = preview.training_images(task)
+    batches = task.train_batches(0)
+    batch = next(batches)
+    batches.close()
+    assert tiles.shape == (3, 288, 288, 3)  # three times 96
+    for tile, caption, image, boxes, labels, valid, masks in zip(
+        tiles, captions, *(batch[name] for name in ("image", "boxes", "labels", "valid", "masks")), strict=True
+    ):
+        assert caption == ", ".join(str(label) for label in labels[valid])
+        masks = np.unpackbits(masks[valid], axis=-1, count=96).astype(bool)
+        outside, small = ~masks.any(axis=0), tile[1::3, 1::3].astype(int)
+        for x1, y1, x2, y2 in boxes[valid].round().astype(int):  # with captions above them, or inside
+            outside[max(y1 - 8, 0) : y2 + 2, max(x1 - 8, 0) : x2 + 8] = False
+        assert outside.mean() > 0.2 and np.abs(small - image)[outside & image.any(-1)].max() <= 1
+        last = np.flatnonzero(valid)[-1]
+        half = (image[masks[-1]] + preview.draw.palette()[1 + labels[last]].astype(int)) / 2
+        assert np.median(np.abs(small[masks[-1]] - half)) <= 1
+
+
+def test_label_maps_that_are_learned():
+    task = preview.small_task(dense("segment"), 2)
+    tiles, captions = preview.training_images(task)
+    batches = task.train_batches(0)
+    batch = next(batches)
+    batches.close()
+    known = batch["label"] != 255
+    colours = preview.draw.palette()[batch["label"]].astype(int)
+    small = tiles[:, 1::3, 1::3].astype(int)
+    assert np.abs(small - (batch["image"] + colours) / 2)[known].max() <= 1
+    assert np.abs(small - 255 * np.array((0.485, 0.456, 0.406)))[~known].max() <= 1  # where images are zero
+    names = ["ground", *"0123456789"]
+    assert captions == [", ".join(names[k] for k in np.unique(labels[labels < 255])) for labels in batch["label"]]
+    tiles, captions = preview.evaluation_images(task)
+    height, width = open_split(task.config, False).sizes()[0]
+    assert tiles.shape == (2, 288, 288, 3) and captions[0].endswith(f" of {height} x {width}")
 
 
 def test_caption():

@@ -293,6 +293,33 @@ REST_DETECTION = {
     "optim.weight_decay": 0.05,
     "optim.decay_norms": False,
 }
+DETR = {
+    "task": "detect",
+    "batch_size": 16,
+    "epochs": 50.0,
+    "data.masks": False,
+    "data.resize": "mmdet",
+    "data.interpolation": "opencv",
+    "data.short_side": [640, 672, 704, 736, 768, 800],
+    "data.short_side_range": False,
+    "data.long_side": 1333,
+    "data.eval_short_side": 800,
+    "loss.images_per_group": 0,
+    "model.drop_path_rate": 0.1,
+    "optim.lr_rules": [["^backbone/", 0.1], [".*", 1.0]],
+    "optim.weight_decay": 1e-4,
+    "optim.decay_vectors": True,
+    "optim.clip_norm": 0.1,
+}
+DEFORMABLE_DETR = {
+    **DETR,
+    "data.resize": "detr",
+    "data.interpolation": "bilinear",
+    "data.short_side": [240, 256, 272, 288, 304, 320, 336, 352, 368, 384, 400],
+    "data.long_side": 666,
+    "data.eval_short_side": 400,
+    "optim.lr_rules": [["^backbone/", 0.1], ["reference_points|sampling_offsets", 0.1], [".*", 1.0]],
+}
 SEGMENTATION = {
     "task": "segment",
     "batch_size": 32,
@@ -328,6 +355,8 @@ DENSE_RECIPES = {
         {**REST_DETECTION, "model.drop_path_rate": 0.2}, 90_000, {0: 1e-7, 1000: 1e-4, 60_000: 1e-5, 80_000: 1e-6}
     ),
     "detect:mask_rcnn_rest_small": ({**REST_DETECTION, **MASKS}, 90_000, {59_999: 1e-4}),
+    "detr:detr_pvt_small": (DETR, 366_500, {0: 1e-4, 241_889: 1e-4, 241_890: 1e-5}),
+    "detr:deformable_detr_two_stage_pit_s": (DEFORMABLE_DETR, 366_500, {0: 2e-4, 293_199: 2e-4, 293_200: 2e-5}),
     "segment:semantic_fpn_pvt_small": (SEGMENTATION, 40_000, {0: 2e-4, 20_000: 2e-4 * 0.5**0.9, 39_999: 1.442e-8}),
 }  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Occlusions, attacks, corruptions, and the tool that measures accuracy under them."""
 
+import dataclasses
 import functools
 import json
 
@@ -15,11 +16,26 @@ from PIL import Image
 
 from vitpyramid.evals import attacks, corruptions, imagenet
 from vitpyramid.models.registry import get_variant
+from vitpyramid.tools import backgrounds
 from vitpyramid.tools import robustness as tool
 from vitpyramid.tools.network import Network
 
 PHOTO = np.asarray(Image.fromarray(skimage.data.chelsea()).resize((96, 64)))
 KEYS = jax.vmap(jax.random.key)(jnp.arange(3))
+MOTION = {
+    33: [
+        [102, 120, 161, 102, 174, 205],
+        [54, 123, 131, 150, 95, 143],
+        [93, 69, 46, 108, 87, 67],
+        [69, 63, 57, 52, 48, 47],
+    ],
+    -40: [
+        [86, 97, 111, 111, 168, 199],
+        [98, 127, 74, 176, 166, 214],
+        [139, 103, 117, 188, 211, 191],
+        [68, 109, 145, 130, 110, 108],
+    ],
+}
 WHITE = jnp.ones((3, 56, 84, 3))
 
 
@@ -137,6 +153,15 @@ def test_blurs_keep_what_is_even_and_spread_a_point():
     np.testing.assert_allclose(line[::-1], half / half.sum())
     down = corruptions._motion(point, 4, 2.0, 90.0)
     np.testing.assert_allclose(down[24:33, 32, 0], line)
+
+
+def test_motion_is_imagemagicks():
+    """`convert t.png -motion-blur 4x2+33`, and with -40, of ImageMagick 6.9.11, which cuts off fractions of a level."""
+    y, x = np.mgrid[:4, :6]
+    image = (37 * y * y + 91 * x + 53 * x * y) % 256 / 255
+    for angle, expected in MOTION.items():
+        found = 255 * corruptions._motion(image[..., None], 4, 2.0, angle)[..., 0]
+        np.testing.assert_array_equal(np.floor(found + 1e-6), expected)
 
 
 def test_zoom_is_scipys_on_a_square():
@@ -330,3 +355,54 @@ def test_command(network, data_dir, tmp_path, monkeypatch, capsys):
     ):
         assert tool.main([*args, "--batch=8", "--tests=corruptions", wrong]) == 1
         assert message in capsys.readouterr().err
+
+
+def test_worst_backgrounds(tmp_path, monkeypatch, capsys):
+    random = rng(3)
+    shape, threshold = (8, 6), 110.0
+    images = {name: random.integers(0, 256, (*shape, 3), np.uint8) for name in "abcd"}
+    behind = random.integers(0, 256, (7, *shape, 3), np.uint8)
+    behind[2] //= 2
+    masks = {
+        "a": np.ones(shape),
+        "b": random.random(shape) < 0.5,
+        "c": np.zeros(shape),
+        "d": random.random(shape) < 0.9,
+    }
+    for number, name in enumerate(images):
+        for part in ("fg_mask", "original"):
+            (tmp_path / part / "val" / f"0{number % 2}_x").mkdir(parents=True, exist_ok=True)
+        np.save(tmp_path / "fg_mask" / "val" / f"0{number % 2}_x" / f"{name}.npy", masks[name])
+        # The published names are .JPEG; the bytes are without loss, for the comparison below.
+        Image.fromarray(images[name]).save(tmp_path / "original" / "val" / f"0{number % 2}_x" / f"{name}.JPEG", "png")
+    (tmp_path / "only_bg_t" / "val" / "00_x").mkdir(parents=True)
+    for number, image in enumerate(behind):
+        Image.fromarray(image).save(tmp_path / "only_bg_t" / "val" / "00_x" / f"{number}.png")
+
+    class Bright(nn.Module):  # class 1, of 3, where the mean is above the threshold, else class 0
+        num_classes: int = 3
+        dtype = jnp.float32
+
+        def __call__(self, x):
+            bright = x.mean((1, 2, 3)) > threshold / 255
+            return jnp.stack([~bright, bright, jnp.zeros_like(bright)], -1).astype(jnp.float32)
+
+    variant = dataclasses.replace(get_variant("pvt_tiny"), mean=(0.0,) * 3, std=(1.0,) * 3)
+    monkeypatch.setattr(backgrounds, "open_network", lambda *args: Network("bright", Bright(), {}, variant, shape))
+    (tmp_path / "groups.json").write_text('{"0": 0, "1": 1, "2": -1}')
+    out = tmp_path / "found.json"
+    command = [str(tmp_path), "--checkpoint=x", f"--groups={tmp_path / 'groups.json'}", "--batch=3", f"--out={out}"]
+    assert backgrounds.main(command) == 0
+    expected = []
+    for number, name in enumerate(images):
+        seen = [np.where(masks[name][..., None] != 0, images[name], image).mean() > threshold for image in behind]
+        expected.append(set(seen) == {bool(number % 2)})
+    assert 0 < sum(expected) < 4
+    report = json.loads(out.read_text())
+    assert (report["accuracy"], report["foregrounds"], report["backgrounds"]) == (25.0 * sum(expected), 4, 7)
+    named = {path[-6] for path in report["deceived"]}
+    assert named == {name for name, good in zip(images, expected, strict=True) if not good}
+    np.save(tmp_path / "fg_mask" / "val" / "00_x" / "a.npy", np.ones((3, 3)))
+    assert backgrounds.main(command) == 1 and "a mask of (3, 3), expected (8, 6)" in capsys.readouterr().err
+    (tmp_path / "original" / "val" / "00_x" / "a.JPEG").unlink()
+    assert backgrounds.main(command) == 1 and "a.JPEG: not there, of 1 masks" in capsys.readouterr().err

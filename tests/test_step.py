@@ -52,7 +52,8 @@ def step_zero(family="pvt"):
     config = small_config(family, **{"model.drop_rate": 0.1, "model.drop_path_rate": 0.2, "ema.decay": 0.9})
     mesh = make_mesh(1, jax.devices()[:1])
     task = make_task(config)
-    task = dataclasses.replace(task, model=task.model.clone(depths=(1,) * len(task.model.depths)))
+    shallow = {"depth": 1} if family == "t2t_vit" else {"depths": (1,) * len(task.model.depths)}
+    task = dataclasses.replace(task, model=task.model.clone(**shallow))
     # A rate of 1 subtracts the gradient, so that states show it; Adam would divide rounding noise by itself.
     tx = optax.sgd(1.0)
 
@@ -84,7 +85,7 @@ def two_steps(devices, fsdp, family="pvt"):
 
 @pytest.mark.parametrize(
     ("family", "devices", "fsdp"),
-    [("pvt", 8, 8), ("rest", 8, 2)],
+    [("pvt", 8, 8), ("pit", 8, 4), ("t2t_vit", 8, 8), ("rest", 8, 2)],
 )
 def test_any_mesh_takes_the_same_step(family, devices, fsdp):
     """With dropout and, in ResT, batch norm over the whole batch. PiT and T2T-ViT have nothing else that rows share."""

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 import golden
+from vitpyramid.heads.registry import FACTS
 from vitpyramid.models.backbone import Level
 from vitpyramid.models.pvt import PVT
-from vitpyramid.models.registry import create_model, get_variant, list_models
+from vitpyramid.models.registry import create_model, get_variant
 from vitpyramid.models.rest import ResT
 from vitpyramid.tools import summary
 from vitpyramid.tools.summary import Summary, count_macs, main, stored_bytes, summarise, table
@@ -175,6 +176,55 @@ def test_nothing_is_allocated():
     assert not any(array.size > 100 for array in jax.live_arrays() if id(array) not in before)
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "parameters", "gmacs", "published"),
+    [
+        ("retinanet_pvt_small", (800, 1280), (23_971_328, 3_786_752, 6_463_220), 285.66, 285.8),
+        ("mask_rcnn_pvt_small", (800, 1280), (23_971_328, 2_623_488, 593_935, 16_949_985), 304.22, 304.4),
+        ("semantic_fpn_pvt_tiny", (None, None), None, 33.19, 33.2),
+    ],
+)
+def test_detectors_have_the_published_sizes(name, size, parameters, gmacs, published):
+    """Parameters by part are those of the network that mmdetection builds from PVT's configurations."""
+    found = summary.summarise_dense(name, *size)
+    assert found.parts[0].name == "backbone" and all(part.macs > 0 for part in found.parts)
+    assert parameters in (None, tuple(part.parameters for part in found.parts))
+    assert round(found.macs / 1e9, 2) == gmacs and found.published_gmacs == published
+    assert found.parameters == FACTS[name].parameters and round(found.parameters / 1e6, 1) == found.published
+    assert (found.height, found.width) == (size if size[0] else (512, 512))
+
+
+def test_what_roi_align_multiplies_is_not_counted():
+    def network(x, w):
+        with jax.named_scope("resample"):
+            moved = w @ x[0, :, :, 0]
+        return (moved @ w)[None, :, :, None]
+
+    assert macs_of(network) == 7 * 7 * 7
+
+
+def dense_summary(height=800, width=1344, name="retinanet_pvt_small"):
+    parts = (summary.Part("backbone", 2_000_000, int(2e9)), summary.Part("bbox_head", 345_678, int(1e9)))
+    return summary.DenseSummary(name, height, width, parts, 2.3, 3.1, (8, 16, 32))
+
+
+def test_detectors_are_described():
+    assert summary.describe_dense(dense_summary()).splitlines() == [
+        "retinanet_pvt_small for images of 800 x 1344",
+        "parameters  2,345,678 (published 2.3 M)",
+        "GMACs       3 (published 3.1 at 800x1280)",
+        "strides     8/16/32",
+        "",
+        "part            parameters    GMACs",
+        "backbone         2,000,000        2",
+        "bbox_head          345,678        1",
+    ]
+    rows = [dense_summary(), dense_summary(800, 1280), dense_summary(512, 512, "semantic_fpn_pvt_tiny")]
+    lines = summary.dense_table(rows, markdown=True).splitlines()
+    assert lines[2] == "| retinanet_pvt_small | 800x1344 | 2,345,678 | 2.3 | 3 | 3.1 at 800x1280 | 8/16/32 |"
+    assert [line.split(" | ")[5] for line in lines[3:]] == ["3.1", "3.1"]
+
+
 def made_up(name: str, macs: float, published: float | None) -> Summary:
     level = summary.LevelSummary(4, 56, 56, 64, 3 * 2**20)
     return Summary(name, 224, 224, 12_345, 67, int(macs), published, None, (level,))
@@ -224,12 +274,23 @@ def test_command_describes_a_model(monkeypatch, capsys):
     ]
 
 
+def test_command_makes_a_table_of_detectors(monkeypatch, capsys):
+    monkeypatch.setattr(summary, "list_models", lambda: ["pvt_micro", "retinanet_pvt_small"])
+    monkeypatch.setattr(summary, "summarise", lambda name, *size: made_up(name, 1e9, None))
+    monkeypatch.setattr(summary, "summarise_dense", lambda name, *size: dense_summary(name=name))
+    main(["--all"])
+    first, second = capsys.readouterr().out.split("\n\n")
+    assert first.splitlines()[1].startswith("pvt_micro ") and second.splitlines()[1].startswith("retinanet_pvt_small ")
+    main(["--model=retinanet_pvt_small"])
+    assert "backbone         2,000,000" in capsys.readouterr().out
+
+
 def test_command_makes_a_table_of_all_models(monkeypatch, capsys):
-    monkeypatch.setattr(summary, "list_models", lambda: list_models("pvt_m"))
+    monkeypatch.setattr(summary, "list_models", lambda: ["rest_micro", "pvt_micro"])
     main(["--all", "--markdown", "--size=64"])
     out, err = capsys.readouterr()
-    assert [line.split(" | ")[0] for line in out.splitlines()[2:]] == ["| pvt_medium", "| pvt_micro"]
-    assert err.splitlines() == ["1/2 pvt_medium", "2/2 pvt_micro"]
+    assert [line.split(" | ")[0] for line in out.splitlines()[2:]] == ["| rest_micro", "| pvt_micro"]
+    assert err.splitlines() == ["1/2 rest_micro", "2/2 pvt_micro"]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corr
 arXiv 1903.12261; parameters and formulas as in `ImageNet-C/create_c/make_imagenet_c.py` of
 github.com/hendrycks/robustness, commit e0377d46, without OpenCV and ImageMagick, which that uses:
 
-* Motion blur and snow follow ImageMagick's formula for motion blur, in floating point. This was compared with nothing.
+* Motion blur and snow's use ImageMagick's formula in floating point: with its output cut to whole levels the pixels are
+  those of ImageMagick 6.9.11's `convert -motion-blur`, at the five severities' settings and eight angles.
 * Elastic's affine map interpolates exactly; OpenCV does so in steps of 1/32 pixel.
 * Frost lays published photographs over the image (frost1.png ... frost5.jpg of that repository); they are not part of
   this package. Without them there is no frost, and the mean is of 14 corruptions, which is not the published mCE.

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vitpyramid.models.backbone import Level
+
 RATIOS = (0.5, 1.0, 2.0)  # height over width
 # Images are padded to multiples of this before they are padded to the batch's canvas.
 DIVISOR = 32
@@ -30,10 +32,25 @@ def base_anchors(sizes: Sequence[float], ratios: Sequence[float] = RATIOS, order
 
 def grid_anchors(base: np.ndarray, grid: tuple[int, int], stride: int, dtype=jnp.float32) -> jax.Array:
     """`[h * w * A, 4]`: row-major over `grid = (h, w)`, then in the order of `base [A, 4]`."""
-    cell, kind = jnp.divmod(jnp.arange(grid[0] * grid[1] * len(base)), len(base))
-    y, x = (stride * of.astype(dtype) for of in jnp.divmod(cell, grid[1]))
-    # Side by side, each of one long axis: a TPU pads an axis of 4 to 128.
-    return jnp.stack([of + jnp.asarray(base[:, i], dtype)[kind] for i, of in enumerate((x, y, x, y))], axis=-1)
+    y, x = jnp.meshgrid(*(stride * jnp.arange(side, dtype=dtype) for side in grid), indexing="ij")
+    # A side of all boxes after the other: a TPU pads an axis of 4 to 128.
+    sides = [place[..., None] + jnp.asarray(base[:, i], dtype) for i, place in enumerate((x, y, x, y))]
+    return jnp.stack([side.ravel() for side in sides], axis=-1)
+
+
+def pyramid_anchors(
+    levels: Sequence[Level], scales: Sequence[float], order: str = "ratio", dtype=jnp.float32
+) -> tuple[jax.Array, ...]:
+    """`grid_anchors` of every level; their sizes are `scales` times its stride."""
+    bases = (base_anchors([scale * level.stride for scale in scales], order=order) for level in levels)
+    grids = ((level.x.shape[1:3], level.stride, dtype) for level in levels)
+    return tuple(grid_anchors(base, *grid) for base, grid in zip(bases, grids, strict=True))
+
+
+def inside_pyramid(levels: Sequence[Level], sizes: jax.Array, per_cell: int) -> jax.Array:
+    """`inside` of all levels, bool `[B, N]`."""
+    grids = [inside(level.x.shape[1:3], level.stride, sizes, per_cell) for level in levels]
+    return jnp.concatenate(grids, axis=1)
 
 
 def inside(grid: tuple[int, int], stride: int, sizes: jax.Array, per_cell: int) -> jax.Array:

@@ -70,7 +70,18 @@ def decode(
     lowest = -LARGEST_DELTA if clamp_below else None
     sides = _sides(boxes) * jnp.exp(jnp.clip(deltas[..., 2:], lowest, LARGEST_DELTA))
     centres = _centres(boxes) + deltas[..., :2] * _sides(boxes)
+    return from_centres(jnp.concatenate([centres, sides], axis=-1))
+
+
+def from_centres(boxes: jax.Array) -> jax.Array:
+    """Centre x, centre y, width, height -> x1 y1 x2 y2, `[..., 4]`."""
+    centres, sides = jnp.split(boxes, 2, axis=-1)
     return jnp.concatenate([centres - sides / 2, centres + sides / 2], axis=-1)
+
+
+def to_centres(boxes: jax.Array) -> jax.Array:
+    """Inverse of `from_centres`."""
+    return jnp.concatenate([_centres(boxes), _sides(boxes)], axis=-1)
 
 
 def clip(boxes: jax.Array, sizes: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """A network for dense prediction: a backbone and what stands on it."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from vitpyramid.models import initialisers
-from vitpyramid.models.backbone import Backbone, Level, Stage
+from vitpyramid.models.backbone import Backbone, Level, PositionTable, Stage
 
 
 class DenseNetwork(nn.Module, kw_only=True):
@@ -26,6 +27,7 @@ class DenseNetwork(nn.Module, kw_only=True):
     Declared by a network:
       after: paths in `params` of what stands behind the backbone.
       class_layer: path in `params` of the layer that has the classes, and `classes_of` its rows.
+      libraries: whose names the weights can have in PyTorch, where its `library` can be one of several.
     """
 
     backbone: Backbone
@@ -35,6 +37,7 @@ class DenseNetwork(nn.Module, kw_only=True):
 
     after: ClassVar[tuple[str, ...]]
     class_layer: ClassVar[str]
+    libraries: ClassVar[tuple[str, ...]] = ()
 
     @nn.nowrap
     def classes_of(self, rows: int) -> int:
@@ -58,6 +61,22 @@ class DenseNetwork(nn.Module, kw_only=True):
             Stage(*(tuple(f"backbone/{path}" for path in paths) for paths in (stage.before, stage.blocks)))
             for stage in self.backbone.stages
         )
+
+    @property
+    def position_tables(self) -> tuple[PositionTable, ...]:
+        """The backbone's."""
+        tables = self.backbone.position_tables
+        return tuple(dataclasses.replace(table, path=table.path.replace("/", "/backbone/", 1)) for table in tables)
+
+    @property
+    def resize_method(self) -> str:
+        """The backbone's."""
+        return self.backbone.resize_method
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        """The backbone's."""
+        return self.backbone.height_width
 
     @property
     def no_weight_decay(self) -> tuple[str, ...]:

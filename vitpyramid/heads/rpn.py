@@ -81,11 +81,7 @@ class RPN(nn.Module):
     @nn.nowrap
     def anchors(self, levels: tuple[Level, ...]) -> tuple[jax.Array, ...]:
         """`[h * w * 3, 4]` of every level."""
-        dtype = at_least_float32(self.dtype)
-        return tuple(
-            anchors.grid_anchors(anchors.base_anchors([SCALE * level.stride]), level.x.shape[1:3], level.stride, dtype)
-            for level in levels
-        )
+        return anchors.pyramid_anchors(levels, (SCALE,), dtype=at_least_float32(self.dtype))
 
     @nn.nowrap
     def propose(
@@ -100,7 +96,8 @@ class RPN(nn.Module):
 
         def of_image(logits, deltas, size):
             boxes, scores, level = [], [], []
-            for i, (of_anchors, logit, delta) in enumerate(zip(self.anchors(levels), logits, deltas, strict=True)):
+            of_levels = self.anchors(levels)  # here: an array of all devices cannot be indexed on one
+            for i, (of_anchors, logit, delta) in enumerate(zip(of_levels, logits, deltas, strict=True)):
                 score, index = top_k(logit, min(before, len(logit)))
                 decoded = box.decode(of_anchors[index], delta[index], clamp_below=self.clamp_below)
                 boxes.append(box.clip(decoded, size))
@@ -129,11 +126,8 @@ class RPN(nn.Module):
             label, match = rule(box.overlaps(boxes, jnp.concatenate(self.anchors(levels))), valid, learned)
             return sample(label, self.samples, self.samples // 2, key), match
 
-        learned = [
-            anchors.inside(level.x.shape[1:3], level.stride, sizes, len(RATIOS)) | self.learns_padding
-            for level in levels
-        ]
-        return map_rows(of_image, targets.boxes, targets.valid, jnp.concatenate(learned, axis=1), keys)
+        learned = anchors.inside_pyramid(levels, sizes, len(RATIOS)) | self.learns_padding
+        return map_rows(of_image, targets.boxes, targets.valid, learned, keys)
 
     @nn.nowrap
     def losses(

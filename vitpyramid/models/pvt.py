@@ -73,7 +73,8 @@ class PVT(Backbone):
 
     Attributes:
       depths, dims, heads, mlp_ratios, sr_ratios: per stage, Table 1 of the paper (depths as in the code and weights).
-      class_token: whether there is one. Without it there are no logits, and the last position table keeps its row.
+      class_token: whether there is one, in the fourth stage. Without it there are no logits; the position table keeps
+        its row.
     """
 
     depths: tuple[int, ...]
@@ -101,18 +102,20 @@ class PVT(Backbone):
 
     @property
     def position_tables(self) -> tuple[PositionTable, ...]:
-        """One a stage; the last has a row for the class token."""
+        """One a stage; the fourth has a row for the class token."""
         height, width = self.height_width
-        last = len(self.depths) - 1
+        strides = self.strides[: len(self.depths)]
         return tuple(
-            PositionTable(f"params/pos_embed{s + 1}", (height // stride, width // stride), extra=int(s == last))
-            for s, stride in enumerate(self.strides)
+            PositionTable(f"params/pos_embed{s}", (height // stride, width // stride), extra=int(s == 4))
+            for s, stride in enumerate(strides, start=1)
         )
 
     @nn.nowrap
     def dense(self, levels: Sequence[int]) -> "PVT":
-        """Without a class token (`detection/pvt.py`, `segmentation/pvt.py`)."""
-        return self.clone(class_token=False)
+        """Without a class token (`detection/pvt.py`, `segmentation/pvt.py`), and without stages that are not read."""
+        per_stage = ("depths", "dims", "heads", "mlp_ratios", "sr_ratios")
+        read = {name: getattr(self, name)[: max(levels) + 1] for name in per_stage}
+        return self.clone(class_token=False, **read)
 
     def setup(self):
         self.norm = nn.LayerNorm(1e-6, self.dtype, use_fast_variance=False)

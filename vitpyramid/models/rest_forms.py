@@ -1,6 +1,7 @@
 """ResT's sums that are written twice, as those of `forms`: its stem, and attention with mixed and normalised heads."""
 
-import math
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,18 +10,43 @@ import numpy as np
 from vitpyramid.models.forms import at_least_float32, by_device, convolve
 from vitpyramid.models.token_forms import scaled_logits
 
-Pair = tuple[int, int]
 Arrays = tuple[jax.Array, ...]
+
+
+class Cells(NamedTuple):
+    """How one axis of a map is cut: `fold` neighbours a cell, the first of which begins at index `start`, 0 or less.
+
+    Cells may go beyond the map, which has `size` entries.
+    """
+
+    size: int
+    fold: int = 1
+    start: int = 0
+
+    @property
+    def count(self) -> int:
+        """Number of cells."""
+        return -(-(self.size - self.start) // self.fold)
+
+    @property
+    def inside(self) -> np.ndarray:
+        """True `[count, fold]` for what is of the map."""
+        index = self.start + np.arange(self.count * self.fold).reshape(-1, self.fold)
+        return (index >= 0) & (index < self.size)
+
+
+Grid = tuple[Cells, Cells]  # rows and columns
 
 
 def stem(x: jax.Array, kernels: Arrays, norms: tuple[Arrays, ...], of_batch: bool, dtype) -> tuple[jax.Array, tuple]:
     """Convolutions of strides 2, 1 and 2, padded by 1; batch norm (epsilon 1e-5) and ReLU behind the first and second.
 
     A TPU gives a map whose channels do not fill its lanes as much room and time as one whose do: there two rows and two
-    columns, where a side is even, share a row of channels, by kernels that are zero where they do not meet. In bfloat16
-    it takes the statistics in one pass, which is then part of the convolution: the variance is a difference of two
-    sums, of what is left without the running mean. That loses digits where a batch is far from the running mean: too
-    many for float32.
+    columns, where a side is even, share a row of channels, by kernels that are zero where they do not meet. Behind the
+    first convolution such cells begin one row and one column before the map: those of the second then meet two by two
+    of them, not three by three. In bfloat16 it takes the statistics in one pass, which is then part of the convolution:
+    the variance is a difference of two sums, of what is left without the running mean. That loses digits where a batch
+    is far from the running mean: too many for float32.
 
     Args:
       x: `[B, H, W, C]`.
@@ -36,82 +62,147 @@ def stem(x: jax.Array, kernels: Arrays, norms: tuple[Arrays, ...], of_batch: boo
 
 
 def stem_plain(x, kernels, norms, of_batch, dtype):
-    return _stem(x, kernels, norms, of_batch, dtype, ((1, 1),) * 4)
+    grids = [tuple(Cells(-(-side // scale)) for side in x.shape[1:3]) for scale in (1, 2, 2, 4)]
+    return _stem(x, kernels, norms, of_batch, dtype, grids)
 
 
-def stem_tpu(x, kernels, norms, of_batch, dtype):
-    fold = tuple(2 - -(-side // 2) % 2 for side in x.shape[1:3])
-    return _stem(x, kernels, norms, of_batch, dtype, ((1, 1), fold, fold, (1, 1)), one_pass=dtype == jnp.bfloat16)
+def stem_tpu(x, kernels, norms, of_batch, dtype, one_pass=None):
+    one_pass = dtype == jnp.bfloat16 if one_pass is None else one_pass
+    halves = [-(-side // 2) for side in x.shape[1:3]]
+    folds = [2 - half % 2 for half in halves]
+    pairs = list(zip(halves, folds, strict=True))
+    grids = [
+        tuple(map(Cells, x.shape[1:3])),
+        tuple(Cells(half, fold, 1 - fold) for half, fold in pairs),
+        tuple(Cells(half, fold) for half, fold in pairs),
+        tuple(Cells(-(-half // 2)) for half in halves),
+    ]
+    return _stem(x, kernels, norms, of_batch, dtype, grids, one_pass)
 
 
-def _stem(x, kernels, norms, of_batch, dtype, folds, one_pass=False):
-    """`folds`: rows and columns that share a row of channels, of each convolution's input and of the last's output."""
+def _stem(x, kernels, norms, of_batch, dtype, grids: list[Grid], one_pass=False):
+    """`grids`: of each convolution's input and of the last's output."""
     x, moments = x.astype(dtype), []
     for i, (kernel, stride) in enumerate(zip(kernels, (2, 1, 2), strict=True)):
-        x = folded_convolution(x, kernel, stride, folds[i], folds[i + 1])
+        x = folded_convolution(x, kernel, stride, grids[i], grids[i + 1])
         if i < len(norms):
-            x, found = batch_norm(x, *norms[i], of_batch, one_pass, math.prod(folds[i + 1]))
-            x = jax.nn.relu(x)
+            x, found = batch_norm(x, *norms[i], of_batch, one_pass, grids[i + 1])
+            x = zero_outside(jax.nn.relu(x), grids[i + 1])
             moments.append(found)
     return x, tuple(moments)
 
 
-def batch_norm(x, scale, shift, mean, variance, of_batch: bool, one_pass: bool, fold: int) -> tuple[jax.Array, Arrays]:
-    """`x [B, h, w, fold * C]` normalised, and the mean and variance `[C]` that it was normalised by; others as `stem`.
+def zero_outside(x: jax.Array, grid: Grid) -> jax.Array:
+    """Cells `x` `[B, h, w, rows * columns * C]` with zeros where they go beyond the map."""
+    rows, columns = grid
+    if not rows.inside.all():
+        x = jnp.where(np.repeat(rows.inside, x.shape[-1] // rows.fold, axis=1)[:, None], x, 0)
+    if not columns.inside.all():
+        channels = x.shape[-1] // (rows.fold * columns.fold)
+        x = jnp.where(np.tile(np.repeat(columns.inside, channels, axis=1), rows.fold), x, 0)
+    return x
+
+
+def batch_norm(x, scale, shift, mean, variance, of_batch: bool, one_pass: bool, grid: Grid) -> tuple[jax.Array, Arrays]:
+    """Cells `x` normalised, and the mean and variance `[C]` that they were normalised by; others as `stem`.
 
     The running mean is what `one_pass` takes off before it sums.
     """
-
-    def repeated(values):
-        return jnp.tile(values, fold)
-
-    def channel_mean(values):
-        return values.mean((0, 1, 2)).reshape(fold, -1).mean(0)
-
-    wide = x.astype(at_least_float32(x.dtype))
     if of_batch and one_pass:
-        centred = wide - repeated(mean)
-        first = channel_mean(centred)
-        mean, variance = mean + first, jnp.maximum(channel_mean(jnp.square(centred)) - jnp.square(first), 0)
-    elif of_batch:
-        mean = channel_mean(wide)
-        variance = channel_mean(jnp.square(wide - repeated(mean)))
-    out = (wide - repeated(mean)) * repeated(jax.lax.rsqrt(variance + 1e-5) * scale) + repeated(shift)
-    return out.astype(x.dtype), (mean, variance)
+        return norm_one_pass(x, scale, shift, mean, grid)
+    wide = x.astype(at_least_float32(x.dtype))
+    if of_batch:
+        mean = _channel_mean(wide, grid)
+        variance = _channel_mean(jnp.square(wide - _repeated(mean, grid)), grid)
+    return _normed(wide, scale, shift, mean, jax.lax.rsqrt(variance + 1e-5), grid).astype(x.dtype), (mean, variance)
 
 
-def folded_convolution(x: jax.Array, kernel: jax.Array, stride: int, fold: Pair, out_fold: Pair) -> jax.Array:
-    """3 x 3 convolution padded by 1, of maps in which neighbours share a row of channels: `fold = (rows, columns)`.
+def _normed(wide, scale, shift, mean, rate, grid):
+    return (wide - _repeated(mean, grid)) * _repeated(rate * scale, grid) + _repeated(shift, grid)
+
+
+def _repeated(values, grid):
+    return jnp.tile(values, grid[0].fold * grid[1].fold)
+
+
+def _channel_sum(values, grid):
+    return values.sum((0, 1, 2)).reshape(grid[0].fold * grid[1].fold, -1).sum(0)
+
+
+def _channel_mean(values, grid):
+    """Of what is of the map."""
+    return _channel_sum(zero_outside(values, grid), grid) / (len(values) * grid[0].size * grid[1].size)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def norm_one_pass(x, scale, shift, about, grid):
+    """`batch_norm` by the batch's statistics, by sums of differences to `about` and of their squares, in one pass.
+
+    So is the backward pass; derived from the forward one, it has twice as many sums.
+    """
+    return _norm_one_pass(x, scale, shift, about, grid)[0]
+
+
+def _norm_one_pass(x, scale, shift, about, grid):
+    wide = x.astype(at_least_float32(x.dtype))
+    centred = wide - _repeated(about, grid)
+    first = _channel_mean(centred, grid)
+    mean, variance = about + first, jnp.maximum(_channel_mean(jnp.square(centred), grid) - jnp.square(first), 0)
+    rate = jax.lax.rsqrt(variance + 1e-5)
+    out = _normed(wide, scale, shift, mean, rate, grid).astype(x.dtype)
+    return (out, (mean, variance)), (x, scale, mean, rate)
+
+
+def _norm_one_pass_backward(grid, stored, cotangents):
+    x, scale, mean, rate = stored
+    cotangent, (of_mean, of_variance) = cotangents
+    cotangent = cotangent.astype(mean.dtype)
+    centred = x.astype(mean.dtype) - _repeated(mean, grid)
+    of_shift, of_scale = _channel_sum(cotangent, grid), _channel_sum(cotangent * centred, grid) * rate
+    n = len(x) * grid[0].size * grid[1].size
+    level = (of_mean - rate * scale * of_shift) / n
+    slope = (2 * of_variance - jnp.square(rate) * scale * of_scale) / n
+    of_x = cotangent * _repeated(rate * scale, grid)
+    of_x = of_x + zero_outside(_repeated(level, grid) + centred * _repeated(slope, grid), grid)
+    return of_x.astype(x.dtype), of_scale.astype(scale.dtype), of_shift.astype(scale.dtype), jnp.zeros_like(mean)
+
+
+norm_one_pass.defvjp(_norm_one_pass, _norm_one_pass_backward)
+
+
+def folded_convolution(x: jax.Array, kernel: jax.Array, stride: int, grid: Grid, out_grid: Grid) -> jax.Array:
+    """3 x 3 convolution padded by 1, of maps in which neighbours share a row of channels.
 
     Args:
-      x: `[B, H / rows, W / columns, rows * columns * C]`, channels as (row, column, c).
+      x: `[B, h, w, rows * columns * C]`, the cells of `grid`, channels as (row, column, c), zero outside the map.
       kernel: `[3, 3, C, features]`.
-      out_fold: of the result; its sides divide those of the map without folds.
+      out_grid: of the result, whose cells are as many times `stride` as wide as those of `grid`, or a multiple.
 
     Returns:
-      `[B, ceil(H / stride) / rows', ceil(W / stride) / columns', rows' * columns' * features]` in the dtype of `x`.
+      The cells of `out_grid` in the dtype of `x`. What is outside the map there is of no use.
     """
     strides, pads, selections = [], [], []
-    for side, inner, outer in zip(x.shape[1:3], fold, out_fold, strict=True):
-        step = stride * outer // inner
-        cells = -(-side * inner // stride) // outer
-        # Output `outer * i + a` reads input `stride * (outer * i + a) + tap - 1`.
-        first, last = -1 // inner, (stride * (outer - 1) + 1) // inner
-        selection = np.zeros((last - first + 1, inner, outer, 3), np.float32)
-        for a in range(outer):
+    for inner, outer in zip(grid, out_grid, strict=True):
+        step = stride * outer.fold // inner.fold
+        # Output `outer.fold * i + outer.start + a` reads input `stride *` that `+ tap - 1`.
+        offset = stride * outer.start - 1 - inner.start
+        first, last = offset // inner.fold, (offset + stride * (outer.fold - 1) + 2) // inner.fold
+        selection = np.zeros((last - first + 1, inner.fold, outer.fold, 3), np.float32)
+        for a in range(outer.fold):
             for tap in range(3):
-                cell, place = divmod(stride * a + tap - 1, inner)
+                cell, place = divmod(offset + stride * a + tap, inner.fold)
                 selection[cell - first, place, a, tap] = 1
         strides.append(step)
-        pads.append((-first, (cells - 1) * step + last + 1 - side))
+        pads.append((-first, (outer.count - 1) * step + last + 1 - inner.count))
         selections.append(selection)
-    if fold != (1, 1) or out_fold != (1, 1):
+    if any(cells.fold > 1 for cells in (*grid, *out_grid)):
         # Every sum has one term that is not zero.
         rows, columns = selections
         both = np.einsum("ypak,xqbl->yxpqabkl", rows, columns).reshape(-1, 9)
         channels = kernel.shape[2:]
         kernel = jnp.dot(both.astype(kernel.dtype), kernel.reshape(9, -1), precision="highest")
-        shape = (len(rows), len(columns), math.prod(fold), math.prod(out_fold), *channels)
+        folds = [cells[0].fold * cells[1].fold for cells in (grid, out_grid)]
+        shape = (len(rows), len(columns), *folds, *channels)
         kernel = kernel.reshape(shape).swapaxes(3, 4).reshape(*shape[:2], x.shape[-1], -1)
     return convolve(x, kernel.astype(x.dtype), strides, pads)
 

@@ -14,12 +14,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vitpyramid.models import forms
+from vitpyramid.models import forms, token_forms
 from vitpyramid.models.attention import attend
 from vitpyramid.models.layers import (
     LayerNorm,
     Mlp,
-    at_least_float32,
     linear,
     normal_init,
     torch_bias_init,
@@ -119,22 +118,14 @@ def performer_weights(query: jax.Array, key: jax.Array, w: jax.Array) -> jax.Arr
 
 def performer_features(query: jax.Array, key: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`phi` of query and key, `[B, N, m]` each, and the denominator `[B, N, 1]`, shifted so that nothing overflows."""
-    dtype = at_least_float32(query.dtype)
-
-    def exponent(u):
-        u = u.astype(dtype)
-        # The highest precision: on accelerators a float32 product may otherwise be one of bfloat16.
-        wu = jnp.einsum("bne,me->bnm", u, w.astype(dtype), precision="highest")
-        return wu - jnp.sum(u * u, axis=-1, keepdims=True) / 2
-
     # A shift s of the exponents cancels in the quotient if it is the same in all terms of its sums, and then carries no
     # gradient. The keys' may differ by feature: exp(s_k) is given back to the query's feature, which meets the keys'
     # in each term. So the largest phi(k) of each feature is 1. The queries' must be one for all features, and divides
     # the guard as well. It is at least 0, or the guard would overflow: with s_q > 0 the denominator is at least 1, with
     # s_q = 0 the guard is m * 1e-8, beside which an underflow of phi(q) is nothing.
-    key_exponent = exponent(key)
+    key_exponent = token_forms.random_features(key, w)
     key_shift = jax.lax.stop_gradient(jnp.max(key_exponent, axis=1, keepdims=True))  # [B, 1, m]
-    query_exponent = exponent(query) + key_shift
+    query_exponent = token_forms.random_features(query, w) + key_shift
     query_shift = jnp.maximum(jnp.max(query_exponent, axis=2, keepdims=True), 0)
     query_shift = jax.lax.stop_gradient(query_shift)  # [B, N, 1]
     phi_key, phi_query = jnp.exp(key_exponent - key_shift), jnp.exp(query_exponent - query_shift)
@@ -173,7 +164,7 @@ class TokenPerformer(nn.Module):
         y = linear(TOKEN_DIM, self.dtype, "proj")(y)
         x = value + nn.Dropout(self.drop_rate, deterministic=False)(y)
         y = LayerNorm(1e-5, self.dtype, name="norm2")(x)
-        y = nn.gelu(linear(TOKEN_DIM, self.dtype, "mlp_0")(y), approximate=False)
+        y = token_forms.gelu(linear(TOKEN_DIM, self.dtype, "mlp_0")(y))
         y = linear(TOKEN_DIM, self.dtype, "mlp_2")(y)
         return x + nn.Dropout(self.drop_rate, deterministic=False)(y)
 

@@ -24,7 +24,7 @@ from vitpyramid.tasks import options
 from vitpyramid.tasks import prepare as on_device
 from vitpyramid.tasks.metrics import Metrics, Sum
 from vitpyramid.tasks.rules import SHARE, Rule, between, interval, one_of
-from vitpyramid.tasks.task import Batch, ConfigError, Task, config_errors
+from vitpyramid.tasks.task import Batch, Task, config_errors
 from vitpyramid.weights import load_pretrained
 from vitpyramid.weights.dense_start import from_classifier
 
@@ -77,6 +77,8 @@ def networks(*classes: type[DenseNetwork]) -> Rule:
 def check(config: ConfigDict) -> list[str]:
     """What keys contradict each other, a line each."""
     group, rows = config.loss.images_per_group, config.batch_size // config.optim.accumulate
+    if group and not hasattr(registry.DENSE[config.model.name].network, "images_per_group"):
+        return [f"loss.images_per_group = {group}: expected 0 with {config.model.name}, whose divisors are the batch's"]
     if group and rows % group:
         return [f"loss.images_per_group = {group}: expected a divisor of the {rows} images that a step takes at a time"]
     return []
@@ -222,26 +224,32 @@ def canvas(batch: Batch, config: ConfigDict, dtype) -> jax.Array:
 
 
 def load_initial(config: ConfigDict, model: DenseNetwork) -> dict | None:
-    """Variables of the network that begin with those of `config.init`: a classifier's, or a file of the whole network.
+    """Variables of the network that begin with those of `config.init`: a classifier's, or of the whole network.
 
-    What neither the weights nor the network have of the other is logged by name. None without `config.init`.
+    Of a whole one what has another number of classes begins anew. Of a classifier, what neither the weights nor the
+    network have of the other is logged by name. None without `config.init`.
     """
     if not config.init:
         return None
     log.info("reading init: %s", config.init)
+    name, backbone = config.model.name, backbone_name(config)
+    wanted = {"num_classes": config.model.num_classes, "image_size": config.data.image_size, "seed": config.seed}
     with config_errors(f"init = {config.init!r}: "):
         try:
-            whole, variables = load_pretrained(config.init, config.model.name)
-        except ValueError:
-            weights = _classifier(config, backbone_name(config))
+            _, variables = load_pretrained(config.init, name, backbone=backbone, **wanted)
+        except ValueError as no_network:
+            try:
+                weights = _classifier(config, backbone)
+            except ValueError as no_backbone:
+                raise ValueError(f"neither weights of {name}: {no_network}\nnor of {backbone}: {no_backbone}") from None
         else:
-            if whole.num_classes != config.model.num_classes:
-                raise ConfigError(f"model.num_classes = {config.model.num_classes}: expected {whole.num_classes}")
+            if config.model.scan:
+                variables = {**variables, "params": stack_blocks(variables["params"], model.stages)}
             return variables
         variables, unused, initialised = from_classifier(model, weights, config.seed)
     for what, paths in (("has no place for", unused), ("begins anew with", initialised)):
         if named := [path.split("/", 1)[1] for path in paths]:
-            log.info("init: %s %s %s", config.model.name, what, ", ".join(_folded(named, model.after)))
+            log.info("init: %s %s %s", name, what, ", ".join(_folded(named, model.after)))
     return variables
 
 

@@ -9,7 +9,9 @@ from ml_collections import ConfigDict
 
 from vitpyramid.data.annotated import Annotated
 from vitpyramid.evals import coco
+from vitpyramid.heads.deformable_detr import DeformableDETR
 from vitpyramid.heads.detector import Detections, Targets, rescale
+from vitpyramid.heads.detr import DETR
 from vitpyramid.heads.mask_rcnn import MaskRCNN
 from vitpyramid.heads.network import DenseNetwork
 from vitpyramid.heads.retinanet import RetinaNet
@@ -19,7 +21,7 @@ from vitpyramid.tasks.metrics import Metrics
 from vitpyramid.tasks.task import Batch, Task
 
 BEST = "box_AP"
-RULES = dense.RULES | {"model.name": dense.networks(RetinaNet, MaskRCNN)}
+RULES = dense.RULES | {"model.name": dense.networks(RetinaNet, MaskRCNN, DETR, DeformableDETR)}
 
 
 def check(config: ConfigDict, evaluation: bool) -> list[str]:

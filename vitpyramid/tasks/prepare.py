@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from ml_collections import ConfigDict
 
-from vitpyramid.models.layers import at_least_float32
+from vitpyramid.models.forms import at_least_float32, by_device
 
 ERASED_AREA = (0.02, 1 / 3)  # of the image, for all boxes together
 ERASED_ASPECT = (0.3, 1 / 0.3)  # height / width
@@ -34,11 +35,29 @@ def prepare(
     erase_key, mix_key = jax.random.split(key)
     if config.mix.before_normalise:
         images, targets = mix(mix_key, images, targets, config.mix)
-    images = erase(erase_key, normalise(images, mean, std, dtype), config.erase)
+    images = planar(erase(erase_key, normalise(images, mean, std, dtype), config.erase))
     if not config.mix.before_normalise:
         # Without the barrier the compiler draws the noise of erasing twice: for an image, and for its partner.
         images, targets = mix(mix_key, jax.lax.optimization_barrier(images), targets, config.mix)
+        images = planar(images)
     return images, targets
+
+
+def planar(images: jax.Array) -> jax.Array:
+    """The same images, which a TPU shall lay out with a plane of rows and columns for each channel, as they arrive.
+
+    By itself it takes the layout that the network's first layer reads, whose lanes are the batch or the channels: few
+    of them are used, and the noise of erasing costs as much as if all were.
+    """
+    return by_device(_planar_tpu, _as_they_are, images)
+
+
+def _planar_tpu(images):
+    return with_layout_constraint(images, Layout((0, 3, 1, 2)))
+
+
+def _as_they_are(images):
+    return images
 
 
 def normalise(images: jax.Array, mean, std, dtype) -> jax.Array:
@@ -106,15 +125,17 @@ def draw_mix(key: jax.Array, batch: int, height: int, width: int, config: Config
     kept = _beta(mixup_key, config.mixup, draws)
     boxes = draw_cut(box_key, _beta(cutmix_key, config.cutmix, draws), height, width)
     inside = boxes.mask(height, width)
-    weights = jnp.where(cut[:, None, None], 1.0 - inside, kept[:, None, None])
     # What a box covers after it was clipped at the border, and not what was drawn, is the partner's share.
     share = jnp.where(cut, 1 - inside.mean(axis=(1, 2)), kept)
     on = jax.random.bernoulli(on_key, config.prob, (draws,))
-    weights, share = jnp.where(on[:, None, None], weights, 1.0), jnp.where(on, share, 1.0)
+    share = jnp.where(on, share, 1.0)
     rows = jnp.arange(size)
     row = {"batch": jnp.zeros_like(rows), "pair": jnp.minimum(rows, size - 1 - rows), "elem": rows}[config.mode]
     row = (draws // config.groups * jnp.arange(config.groups)[:, None] + row).reshape(batch)
-    return weights[row], share[row]
+    # Draws become rows before they become pixels, so that weights need not be stored.
+    inside, cut, kept, on = Boxes(*(side[row] for side in boxes)).mask(height, width), cut[row], kept[row], on[row]
+    weights = jnp.where(cut[:, None, None], 1.0 - inside, kept[:, None, None])
+    return jnp.where(on[:, None, None], weights, 1.0), share[row]
 
 
 def draw_cut(key: jax.Array, kept: jax.Array, height: int, width: int) -> Boxes:

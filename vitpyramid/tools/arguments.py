@@ -20,6 +20,16 @@ def at_least(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
     return integer
 
 
+def fraction(text: str) -> float:
+    """A type for `argparse`: a number from 0 to 1."""
+    try:
+        if 0 <= (number := float(text)) <= 1:
+            return number
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text[:40]!r}: expected a number from 0 to 1")
+
+
 def add_images(parser: argparse.ArgumentParser) -> None:
     """The argument that says which images."""
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="file, or folder with images at any depth")

@@ -3,11 +3,16 @@
     python -m vitpyramid.tools.attention photo.jpg --checkpoint=weights/pvt_small --out=attention.png
     python -m vitpyramid.tools.attention photos/ --checkpoint=weights/pit_s --layer=transformers_2/blocks_3
     python -m vitpyramid.tools.attention photo.jpg --checkpoint=weights/rest_small --point=0.3,0.6
+    python -m vitpyramid.tools.attention photo.jpg --checkpoint=runs/detr
 
 The picture has a tile for each layer: where its class token looks, or where there is none the token at `--point`,
 averaged over heads; last the rollout of all layers. `--layer` shows the heads of one layer instead. Below, entropy and
 distance by layer, means over heads. The picture is of the first image; the numbers are means over all of them, and
 are written to the same name with `.json`. `vitpyramid.evals.attention` has the definitions.
+
+Of DETR there is a tile for each of the most certain object queries: where it looks, mean over the heads of the last
+layer of the decoder or of `--layer`, with the box that it gives. The numbers are of every query. Of Deformable DETR
+these are the places that its heads look at, the more the brighter, larger in coarser levels.
 """
 
 import argparse
@@ -22,10 +27,17 @@ from PIL import Image
 from tqdm import tqdm
 
 from vitpyramid.evals.attention import AttentionMap, attention_maps, query_map, rollout, statistics
-from vitpyramid.tools import chart
+from vitpyramid.heads.deformable_detr import DeformableDETR
+from vitpyramid.heads.detr import DETR
+from vitpyramid.heads.registry import DENSE
+from vitpyramid.tools import chart, dense, queries
 from vitpyramid.tools.arguments import add_images, add_picture, add_weights, run
-from vitpyramid.tools.network import Network, open_network, read_images
+from vitpyramid.tools.classes import names_of
+from vitpyramid.tools.network import Network, classifier, read_images
+from vitpyramid.tools.predict import find_images
+from vitpyramid.tools.preprocess import open_image
 from vitpyramid.tools.preview import sheet, stack
+from vitpyramid.weights.pretrained import read_pretrained
 
 
 def attention(network: Network, images: np.ndarray) -> list[dict]:
@@ -99,14 +111,19 @@ def mark(image: np.ndarray, point: tuple[float, float]) -> np.ndarray:
     return marked
 
 
-def layers_chart(layers: list[dict]) -> Image.Image:
-    """Entropy and distance by layer: the mean over heads, and where another stage begins a line of its own."""
+def layers_chart(name: str, layers: list[dict]) -> Image.Image:
+    """Entropy and distance by layer: the mean over heads, and where another stage begins a line of its own.
+
+    Args:
+      name: of the network, in the titles.
+      layers: as `attention` gives them.
+    """
     charts = []
-    for key, title in (("entropy", "entropy of attention, nats"), ("distance", "distance of attention, image sides")):
+    for key, unit in (("entropy", "nats"), ("distance", "image sides")):
         series: dict[str, list] = {}
         for number, layer in enumerate(layers, start=1):
             series.setdefault(stage_name(layer["stage"]), []).append((number, float(np.mean(layer[key]))))
-        charts.append(chart.lines(title, series, "layer"))
+        charts.append(chart.lines(f"{name}: {key} of attention, {unit}", series, "layer"))
     return chart.beside(charts)
 
 
@@ -115,9 +132,42 @@ def stage_name(stage: int) -> str:
     return f"stage {stage}" if stage else "tokens-to-token"
 
 
+def queries_command(args: argparse.Namespace, described: dict, variables: dict) -> None:
+    """The command for DETR and Deformable DETR, whose object queries are drawn."""
+    task = dense.open_task(args.checkpoint, described, args.size)
+    if not isinstance(task.model, DETR | DeformableDETR):
+        raise ValueError(f"{described['name']}: expected a classifier or a DETR")
+    known = queries.layers(task.model)
+    layer = args.layer or known[-1]
+    if layer not in known or args.point:
+        raise ValueError(f"--layer={layer}, --point={args.point}: expected one of {', '.join(known)}, and no point")
+    names = names_of(args.checkpoint, described["num_classes"], described["name"])
+    paths, report = list(find_images(args.images)[0]), []
+    for path in paths:
+        if isinstance(image := open_image(path), str):
+            print(f"skipped {path}: {image}", file=sys.stderr)
+            continue
+        rows, found = queries.object_queries(task, variables, image, layer)
+        canvas = rows["image"].shape[1:3]
+        if not report:
+            title = f"{described['name']}, {path.name}, {layer}"
+            page = queries.picture(title, rows["image"][0], rows["size"][0], found, names)
+        listed = [queries.as_dict(query, canvas, names) for query in found]
+        report.append({"image": str(path), "size": rows["size"][0].tolist(), "queries": listed})
+    if not report:
+        raise ValueError(f"{', '.join(args.images)}: no image could be read")
+    page.save(args.out, "png")
+    whole = {"model": described["name"], "layer": layer, "images": report}
+    args.out.with_suffix(".json").write_text(json.dumps(whole, indent=1))
+    print(f"{args.out}: {page.width} x {page.height} pixels; queries of {len(report)} images in {args.out.stem}.json")
+
+
 def command(args: argparse.Namespace) -> None:
     """The command, after its arguments were parsed."""
-    network = open_network(args.checkpoint, args.model, args.size)
+    described, variables = read_pretrained(args.checkpoint, args.model)
+    if described["name"] in DENSE:
+        return queries_command(args, described, variables)
+    network = classifier(args.checkpoint, described, variables, args.size)
     paths, images = read_images(network, args.images)
     layers = attention(network, images)
     maps = attention_maps(network.model, network.variables, network.inputs(images[:1]))
@@ -129,7 +179,7 @@ def command(args: argparse.Namespace) -> None:
         page = heads_picture(f"{title}, {args.layer}", images[0], known[args.layer], args.point)
     else:
         page = maps_picture(title, images[0], maps, args.point)
-    page = stack([page, layers_chart(layers)])
+    page = stack([page, layers_chart(network.name, layers)])
     page.save(args.out, "png")
     report = {"model": network.name, "images": [str(path) for path in paths], "layers": layers}
     args.out.with_suffix(".json").write_text(json.dumps(report, indent=1))

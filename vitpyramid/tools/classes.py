@@ -1,17 +1,21 @@
 """What the classes of a network are called."""
 
+import functools
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from vitpyramid.files import as_path, in_bucket
-from vitpyramid.models.registry import get_variant, list_models
+from vitpyramid.heads.registry import DENSE, create_model, list_models
 from vitpyramid.weights import store
 
 # The first words of the synsets of ILSVRC 2012 in its order, as torchvision lists them (BSD-3-Clause), which tells both
 # cranes and both maillots apart. Synsets: WordNet 3.0, Copyright 2006 by Princeton University, all rights reserved;
 # https://wordnet.princeton.edu/license-and-commercial-use.
 IMAGENET_CLASSES = Path(__file__).with_name("imagenet_classes.txt")
+# Ids and names of COCO's categories, in the order of labels.
+COCO_CLASSES = Path(__file__).with_name("coco_classes.txt")
 _IMAGENET = 1000
 _SYNSET = re.compile(r"n\d{8}")  # ImageNet's names of folders, and TFDS's of its classes
 
@@ -24,23 +28,36 @@ def class_names(source: str | os.PathLike) -> list[str]:
 
     Returns:
       Those of the data that the weights were trained on; where nothing says which these were, ImageNet's for 1000
-      classes, else "class 0", "class 1" ....
+      classes, COCO's for 80 of a network for dense prediction, else "class 0", "class 1" ....
 
     Raises:
       ValueError: it is neither.
     """
     if source in list_models():
-        return default_names(get_variant(source).model.num_classes)
+        return default_names(create_model(source).num_classes, source)
     meta = read_meta(source)
-    return saved_names(meta) or default_names(meta["network"]["num_classes"])
+    return saved_names(meta) or default_names(meta["network"]["num_classes"], meta["network"]["name"])
 
 
-def names_of(source: str, count: int) -> list[str]:
-    """Names of the `count` classes of a model whose weights came from `source`, wherever that is."""
+def names_of(source: str, count: int, network: str) -> list[str]:
+    """Names of the `count` classes of a network called `network` whose weights came from `source`, wherever that is."""
+    names = saved_names(saved_meta(source))
+    return names if len(names) == count else default_names(count, network)
+
+
+def categories_of(names: Sequence[str]) -> dict[int, str]:
+    """Names of classes by what their ids are in results: COCO's if these are its classes, else 1, 2 ...."""
+    coco = _coco()
+    if list(names) == list(coco.values()):
+        return coco
+    return dict(enumerate(names, start=0 if list(names) == _by_id() else 1))
+
+
+def saved_meta(source: str) -> dict:
+    """What stands beside the arrays that weights from `source` come from; nothing unless that is a folder of such."""
     local = in_bucket(source) or "://" not in source
     folder = as_path(source) if in_bucket(source) else Path(source).expanduser()
-    names = saved_names(store.newest_meta(folder)) if local and store.has_weights(folder) else []
-    return names if len(names) == count else default_names(count)
+    return store.newest_meta(folder) if local and store.has_weights(folder) else {}
 
 
 def saved_names(meta: dict) -> list[str]:
@@ -51,11 +68,27 @@ def saved_names(meta: dict) -> list[str]:
     return names
 
 
-def default_names(count: int) -> list[str]:
-    """ImageNet's names for 1000 classes; numbers for others."""
+def default_names(count: int, network: str = "") -> list[str]:
+    """ImageNet's names for 1000 classes; of a network for dense prediction COCO's for 80, and for 91, which are its ids
+    (facebookresearch's DETR); numbers for others."""
     if count == _IMAGENET:
         return names_in(IMAGENET_CLASSES, count)
+    if network in DENSE:
+        for coco in (list(_coco().values()), _by_id()):
+            if count == len(coco):
+                return coco
     return [f"class {i}" for i in range(count)]
+
+
+@functools.cache
+def _coco() -> dict[int, str]:
+    lines = (line.split(" ", 1) for line in COCO_CLASSES.read_text("utf-8").splitlines())
+    return {int(number): name for number, name in lines}
+
+
+def _by_id() -> list[str]:
+    """COCO's names at the places of their ids."""
+    return [_coco().get(i, f"class {i}") for i in range(max(_coco()) + 1)]
 
 
 def names_in(file: Path, count: int) -> list[str]:
@@ -79,7 +112,7 @@ def read_meta(source: str | os.PathLike) -> dict:
     folder = as_path(source) if in_bucket(source) else Path(source).expanduser()
     if not store.has_weights(folder):
         try:
-            get_variant(os.fspath(source))
+            create_model(os.fspath(source))
         except ValueError as error:
             raise ValueError(f"{error}, or a folder with a complete checkpoint in {store.FOLDER}/") from None
     return store.newest_meta(folder)

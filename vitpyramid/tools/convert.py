@@ -1,12 +1,14 @@
 """Turns PyTorch weights into an Orbax checkpoint, and back.
 
     python -m vitpyramid.tools.convert pvt_small.pth --out=weights/pvt_small
+    python -m vitpyramid.tools.convert detector.pth --model=retinanet_pvt_small --out=weights/retinanet
     python -m vitpyramid.tools.convert weights/pvt_small --to-torch --out=pvt_small.safetensors
 
 The first reads .pth, .pth.tar, .bin, .safetensors, gs://, hf://owner/repo and https:// sources; `main.py --mode=eval
 --workdir=weights/pvt_small`, `main.py --config.init=weights/pvt_small` and `vitpyramid.load_pretrained` take what it
-writes. The second takes such a folder, or a work directory of main.py. --out may be gs://..., too. Exit codes: 0 done;
-1 refused, nothing written.
+writes. Of a detector's file it takes the backbone alone, unless --model says what the whole is; keys are then those of
+mmdetection, mmsegmentation or detectron2. The last takes such a folder, or a work directory of main.py. --out may be
+gs://..., too. Exit codes: 0 done; 1 refused, nothing written.
 """
 
 import argparse
@@ -21,12 +23,13 @@ import jax
 
 import vitpyramid
 from vitpyramid.files import as_path, in_bucket, reach, write_atomically
-from vitpyramid.models.registry import get_variant
+from vitpyramid.heads.registry import DENSE, create_model
 from vitpyramid.tools.arguments import at_least
+from vitpyramid.weights import flax_to_torch
 from vitpyramid.weights.containers import open_contents
 from vitpyramid.weights.fetch import fetch, sha256
 from vitpyramid.weights.importer import PROBLEMS, import_weights
-from vitpyramid.weights.names import LARGEST_SIDE, LISTED, MOST_CLASSES, flax_to_torch
+from vitpyramid.weights.names import LARGEST_SIDE, LISTED, MOST_CLASSES
 from vitpyramid.weights.pickles import brief
 from vitpyramid.weights.reader import INDEX, parts, read_torch_file
 from vitpyramid.weights.store import CONVERTED, read_weights, write_weights
@@ -41,6 +44,7 @@ def to_orbax(
     image_size: int | None = None,
     allow: tuple[str, ...] = (),
     seed: int = 0,
+    backbone: str = "",
 ) -> None:
     """Converts a file of PyTorch weights into a folder; arguments as in `open_contents` and `import_weights`.
 
@@ -49,8 +53,10 @@ def to_orbax(
     Raises:
       ValueError, OSError: nothing was written.
     """
+    if backbone and name not in DENSE:
+        raise ValueError(f"--backbone={backbone}: expected beside a --model that has heads on a backbone")
     if name is not None:
-        get_variant(name)
+        create_model(name, backbone)
     reach(out)
     above = () if in_bucket(out) else out.absolute().parents
     there = next((path for path in (out, *above) if path.exists()), None)
@@ -63,8 +69,8 @@ def to_orbax(
     digest = sha256(path)
     print(f"reading {path} ({path.stat().st_size / 1e6:.1f} MB, SHA-256 {digest})")
     try:
-        contents = open_contents(read_torch_file(path), weights)
-        converted = import_weights(contents, name, num_classes, image_size, seed, allow=allow)
+        contents = open_contents(read_torch_file(path), weights, name)
+        converted = import_weights(contents, name, num_classes, image_size, seed, allow=allow, backbone=backbone)
     except ValueError as error:
         raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     prefix = f" behind '{brief(contents.prefix)}'" if contents.prefix else ""
@@ -72,7 +78,8 @@ def to_orbax(
     params = sum(array.size for array in jax.tree.leaves(converted.variables["params"]))
     network = converted.network
     print(
-        f"{'recognised' if name is None else 'is'} {network['name']}, {network['num_classes']} classes, "
+        f"{'recognised' if name is None else 'is'} {network['name']}{f' on {backbone}' if backbone else ''}, "
+        f"{network['num_classes']} classes, "
         f"{network['image_size']} x {network['image_size']} pixels, {params:,} parameters"
     )
     for kind, keys in converted.notes.items():
@@ -119,7 +126,12 @@ def to_torch(source: Path, out: Path, weights: str = "auto") -> None:
         if file.exists():
             raise FileExistsError(f"{file}: expected no such file; nothing is replaced")
     stored = read_weights(source, weights)
-    state_dict = flax_to_torch(stored.network["name"], stored.variables)
+    state_dict = flax_to_torch(
+        stored.network["name"],
+        stored.variables,
+        stored.network.get("library"),
+        stored.network.get("backbone", ""),
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     for file in files:
         if file is out:
@@ -147,6 +159,7 @@ def main() -> int:
     parser.add_argument("input", help="file, gs://..., hf://owner/repo[/file] or https://...; with --to-torch a folder")
     parser.add_argument("--out", required=True, help="new folder; with --to-torch a .safetensors file")
     parser.add_argument("--model", help="name of the network; recognised by keys and shapes if left out")
+    parser.add_argument("--backbone", default="", help="under the heads of --model, if another than their own")
     parser.add_argument(
         "--weights", choices=("auto", "ema", "raw"), default="auto", help="moving average or raw weights"
     )
@@ -165,7 +178,7 @@ def main() -> int:
             to_torch(as_path(args.input), as_path(args.out), args.weights)
         else:
             out, network = as_path(args.out), (args.num_classes, args.size)
-            to_orbax(args.input, out, args.model, args.weights, *network, args.allow, args.seed)
+            to_orbax(args.input, out, args.model, args.weights, *network, args.allow, args.seed, args.backbone)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

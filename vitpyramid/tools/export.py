@@ -22,13 +22,12 @@ from jax import export as jax_export
 
 from vitpyramid.data.augment import Size, height_width
 from vitpyramid.files import write_atomically
+from vitpyramid.heads.registry import create_model
 from vitpyramid.models.backbone import Variant
-from vitpyramid.models.registry import get_variant
 from vitpyramid.tasks.prepare import normalise
 from vitpyramid.tools.arguments import add_network, at_least, run
-from vitpyramid.tools.predict import name_of
 from vitpyramid.tools.preprocess import evaluation_of
-from vitpyramid.weights import load_pretrained
+from vitpyramid.weights.pretrained import read_pretrained
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _COMPARED = 3  # images, where the batch is any
@@ -121,10 +120,10 @@ def _command(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     if not args.out.parent.is_dir():
         raise FileNotFoundError(f"--out={args.out}: there is no folder {args.out.parent}")
-    model, variables = load_pretrained(args.checkpoint, args.model)
-    name = name_of(model)
-    pixels = evaluation_of(args.checkpoint, get_variant(name)) if args.pixels else None
-    model = model.clone(dtype=jnp.dtype(args.dtype))
+    network, variables = read_pretrained(args.checkpoint, args.model)
+    name, variant = network["name"], evaluation_of(args.checkpoint, network["name"])
+    pixels = variant if args.pixels else None
+    model = create_model(**network, dtype=jnp.dtype(args.dtype))
     done = export(model, variables, args.out, args.batch, args.size, args.platforms, pixels)
     rows = "any number of" if done.batch is None else str(done.batch)
     kind, where = "uint8 pixels" if pixels else "normalised float32", ", ".join(done.platforms)

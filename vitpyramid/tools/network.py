@@ -2,18 +2,19 @@
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from vitpyramid.data.augment import Size, height_width
+from vitpyramid.heads.registry import create_model
 from vitpyramid.models.backbone import Backbone, Variant
-from vitpyramid.models.registry import get_variant
 from vitpyramid.tasks.prepare import normalise
-from vitpyramid.tools.predict import find_images, name_of
+from vitpyramid.tools.predict import find_images
 from vitpyramid.tools.preprocess import evaluation_of, read_image
-from vitpyramid.weights import load_pretrained
+from vitpyramid.weights.pretrained import read_pretrained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +47,15 @@ def open_network(checkpoint: str, name: str | None = None, size: Size | None = N
       size: side, or height and width, of the images; None: the model's own.
 
     Raises:
-      ValueError, OSError: as `load_pretrained`; hyper-parameters that are no named network's.
+      ValueError, OSError: as `load_pretrained`; no classifier.
     """
-    model, variables = load_pretrained(checkpoint, name)
-    name = name_of(model)
-    variant = evaluation_of(checkpoint, get_variant(name))
+    return classifier(checkpoint, *read_pretrained(checkpoint, name), size)
+
+
+def classifier(checkpoint: str, network: Mapping, variables: dict, size: Size | None = None) -> Network:
+    """As `open_network`, of what was read from `checkpoint`."""
+    name, model = network["name"], create_model(**network)
+    variant = evaluation_of(checkpoint, name)
     return Network(name, model, jax.device_put(variables), variant, height_width(size or model.image_size))
 
 

@@ -1,11 +1,17 @@
-"""The most probable classes of images.
+"""The most probable classes of images; of detectors and segmenters, what they find, drawn and written.
 
     python -m vitpyramid.tools.predict photo.jpg --checkpoint=weights/pvt_small
     python -m vitpyramid.tools.predict photos/ --checkpoint=https://.../pvt_small.pth --json > predictions.jsonl
+    python -m vitpyramid.tools.predict photos/ --checkpoint=runs/mask --threshold=0.3 --out=found
 
 Images are turned as their EXIF data say, resized, cut and normalised as the network's authors did for evaluation, or as
 the run did whose work directory `--checkpoint` is. Predictions go to stdout; progress, and files that are no readable
 images, to stderr. Exit codes: 0 all predicted; 1 none predicted, for the reason printed; 2 some could not be read.
+
+Detectors and segmenters leave files beside each image, or in `--out`: NAME.predicted.png, the image with boxes, masks
+or colours of classes on it; NAME.predicted.json, a list of COCO's results with the classes' names (boxes are x, y,
+width, height in pixels of the image; ids of categories are COCO's, or count from 1); of segmenters NAME.labels.png,
+whose levels are the classes, with a palette. Files of such names in folders are passed over.
 """
 
 import argparse
@@ -25,14 +31,14 @@ from tqdm import tqdm
 
 from vitpyramid.data.augment import Size, height_width
 from vitpyramid.data.folder import EXTENSIONS
+from vitpyramid.heads.registry import DENSE, create_model
 from vitpyramid.models.backbone import Variant
-from vitpyramid.models.registry import create_model, get_variant, list_models
 from vitpyramid.tasks.prepare import normalise
-from vitpyramid.tools import arguments
-from vitpyramid.tools.arguments import add_images, add_weights, at_least
-from vitpyramid.tools.classes import names_in, names_of
+from vitpyramid.tools import arguments, dense
+from vitpyramid.tools.arguments import add_images, add_weights, at_least, fraction
+from vitpyramid.tools.classes import categories_of, names_in, names_of
 from vitpyramid.tools.preprocess import evaluation_of, read_image
-from vitpyramid.weights import load_pretrained
+from vitpyramid.weights.pretrained import read_pretrained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +120,7 @@ def _predictions(paths=(), errors=(), found=(), top=0) -> Iterator[Prediction]:
 def find_images(names: list[str]) -> tuple[list[Path], dict[Path, str]]:
     """Files, and those in folders that have an image's extension, sorted by name, at any depth.
 
-    Names in folders that begin with a dot are left out.
+    Names in folders that begin with a dot are left out, and pictures that this module made.
 
     Returns:
       The files, and why there are none, for each name that has none.
@@ -135,19 +141,8 @@ def find_images(names: list[str]) -> tuple[list[Path], dict[Path, str]]:
 
 
 def _is_image(name: str) -> bool:
-    return not name.startswith(".") and os.fsencode(os.path.splitext(name)[1].lower()) in EXTENSIONS
-
-
-def name_of(model: nn.Module) -> str:
-    """The name by which `create_model` makes `model`, with its `num_classes` and `image_size`.
-
-    Raises:
-      ValueError: it has other hyper-parameters than any of them.
-    """
-    for name in list_models():
-        if create_model(name, num_classes=model.num_classes, image_size=model.image_size) == model:
-            return name
-    raise ValueError(f"expected one of the networks in list_models(), got another {type(model).__name__}")
+    hidden = name.startswith(".") or name.endswith((dense.PICTURE, dense.LABELS))
+    return not hidden and os.fsencode(os.path.splitext(name)[1].lower()) in EXTENSIONS
 
 
 def describe(prediction: Prediction, names: list[str]) -> str:
@@ -167,7 +162,7 @@ def run(args: argparse.Namespace) -> int:
     """The command, after its arguments were parsed; returns the exit code.
 
     Raises:
-      ValueError, OSError: weights, names of classes or size that cannot be used.
+      ValueError, OSError: weights, names of classes, size or folder that cannot be used.
     """
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     paths, problems = find_images(args.images)
@@ -175,28 +170,54 @@ def run(args: argparse.Namespace) -> int:
         print(f"skipped {path}: {problem}", file=sys.stderr)
     if not paths:
         return 1
-    model, variables = load_pretrained(args.checkpoint, args.model)
-    names = names_in(args.classes, model.num_classes) if args.classes else names_of(args.checkpoint, model.num_classes)
-    name = name_of(model)
-    variant = evaluation_of(args.checkpoint, get_variant(name))
-    size = height_width(args.size or model.image_size)
-    facts = f"{model.num_classes} classes, images of {size[0]} x {size[1]}, crop {variant.crop:g}"
-    print(f"{name}, {facts}, {variant.interpolation}", file=sys.stderr)
-    text = as_json if args.json else describe
+    network, variables = read_pretrained(args.checkpoint, args.model, backbone=args.backbone)
+    name, count = network["name"], network["num_classes"]
+    names = names_in(args.classes, count) if args.classes else names_of(args.checkpoint, count, name)
+    act = _find if name in DENSE else _classify
     skipped = 0
     with tqdm(total=len(paths), unit=" images", disable=len(paths) == 1) as bar:
         # bar.write() draws the bar anew each time, which only a terminal that shows both needs.
         show = functools.partial(bar.write, file=sys.stdout) if sys.stdout.isatty() else print
-        for prediction in predict(model, variables, variant, paths, size, args.top, args.batch):
-            if prediction.error:
+        for path, error, text in act(args, network, variables, paths, names):
+            if error:
                 skipped += 1
-                bar.write(f"skipped {prediction.path}: {prediction.error}", file=sys.stderr)
+                bar.write(f"skipped {path}: {error}", file=sys.stderr)
             else:
-                show(text(prediction, names))
+                show(text)
             bar.update()
     if skipped == len(paths):
         return 1
     return 2 if skipped or problems else 0
+
+
+# Of each image its path, why it cannot be read if so, and what to print.
+Lines = Iterator[tuple[Path, str, str]]
+
+
+def _classify(args: argparse.Namespace, network: dict, variables: dict, paths: list[Path], names: list[str]) -> Lines:
+    if args.out or args.threshold is not None:
+        raise ValueError(f"--out, --threshold: expected with detectors and segmenters, {network['name']} is none")
+    model, variant = create_model(**network), evaluation_of(args.checkpoint, network["name"])
+    size = height_width(args.size or model.image_size)
+    facts = f"{model.num_classes} classes, images of {size[0]} x {size[1]}, crop {variant.crop:g}"
+    print(f"{network['name']}, {facts}, {variant.interpolation}", file=sys.stderr)
+    text = as_json if args.json else describe
+    for found in predict(model, variables, variant, paths, size, args.top, args.batch or 16):
+        yield found.path, found.error, "" if found.error else text(found, names)
+
+
+def _find(args: argparse.Namespace, network: dict, variables: dict, paths: list[Path], names: list[str]) -> Lines:
+    task = dense.open_task(args.checkpoint, network, args.size)
+    dense.make_room(paths, args.out)
+    data = task.config.data
+    facts = f"{len(names)} classes, images of up to {data.eval_short_side} x {data.long_side}, {data.interpolation}"
+    print(f"{network['name']}, {facts}", file=sys.stderr)
+    threshold = 0.5 if args.threshold is None else args.threshold
+    for seen in dense.look(task, variables, paths, categories_of(names), threshold, args.batch or 1):
+        if not seen.error:
+            dense.write(seen, names, args.out)
+        text = json.dumps(dense.as_dict(seen, names)) if args.json else dense.describe(seen, names)
+        yield seen.path, seen.error, text
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -204,8 +225,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m vitpyramid.tools.predict", description=__doc__.splitlines()[0])
     add_images(parser)
     add_weights(parser)
+    parser.add_argument("--backbone", help="under the heads of --model, if another than their own")
     parser.add_argument("--top", type=at_least(1), default=5, help="classes of an image; default: 5")
-    parser.add_argument("--batch", type=at_least(1), default=16, help="images at a time; default: 16")
+    parser.add_argument("--threshold", type=fraction, help="least score of what a detector finds; default: 0.5")
+    parser.add_argument("--out", type=Path, help="folder of what is found; default: beside the images")
+    parser.add_argument(
+        "--batch", type=at_least(1), help="images at a time; default: 16, of what finds boxes or maps 1"
+    )
     parser.add_argument(
         "--classes",
         type=Path,

@@ -13,6 +13,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from vitpyramid.data.augment import Size, decode, eval_crop, height_width, to_rgb
 from vitpyramid.files import as_path, in_bucket
+from vitpyramid.heads.registry import DENSE
 from vitpyramid.models.backbone import Variant
 from vitpyramid.models.registry import get_variant, list_models
 from vitpyramid.tools.classes import read_meta
@@ -45,7 +46,7 @@ def preprocess(source: str | os.PathLike, size: Size | None = None) -> Callable[
         variant = get_variant(source)
     else:
         network = read_meta(source)["network"]
-        variant = evaluation_of(os.fspath(source), get_variant(network["name"]))
+        variant = evaluation_of(os.fspath(source), network["name"])
     return functools.partial(_prepare, size=height_width(size or network["image_size"]), variant=variant)
 
 
@@ -76,13 +77,18 @@ def _open(image: Picture) -> Image.Image:
 
 def read_image(path: Path, size: tuple[int, int], variant: Variant) -> np.ndarray | str:
     """uint8 [*size, 3] pixels of an image as the network should see it, or why it cannot be read."""
+    image = open_image(path)
+    return image if isinstance(image, str) else _cut(image, size, variant)
+
+
+def open_image(path: Path) -> Image.Image | str:
+    """An image file as `upright` gives it, or why it cannot be read."""
     try:
-        image = upright(path.read_bytes())
+        return upright(path.read_bytes())
     except OSError as error:
         return error.strerror or str(error)
     except (ValueError, Image.DecompressionBombError) as error:
         return str(error)
-    return _cut(image, size, variant)
 
 
 def upright(data: bytes) -> Image.Image:
@@ -106,8 +112,15 @@ def _cut(image: Image.Image, size: tuple[int, int], variant: Variant) -> np.ndar
     return np.asarray(eval_crop(image, size, variant.crop, resample))
 
 
-def evaluation_of(checkpoint: str, variant: Variant) -> Variant:
-    """`variant` with the crop, filter, mean and std of the run whose work directory `checkpoint` is, if it is one."""
+def evaluation_of(checkpoint: str, name: str) -> Variant:
+    """The network called `name`, with crop, filter, mean and std of the run whose work directory `checkpoint` may be.
+
+    Raises:
+      ValueError: it is for dense prediction, which sees images otherwise.
+    """
+    if name in DENSE:
+        raise ValueError(f"{name}: expected a classifier, this is for dense prediction, as vitpyramid.tools.predict is")
+    variant = get_variant(name)
     file = (as_path(checkpoint) if in_bucket(checkpoint) else Path(checkpoint).expanduser()) / "config.json"
     if not file.is_file():
         return variant

@@ -1,8 +1,11 @@
 """A picture of what the network receives: training images augmented, mixed and erased, and evaluation images.
 
     python -m vitpyramid.tools.preview --config=configs/quickstart.py --out=preview.png --count=16
+    python -m vitpyramid.tools.preview --config=configs/quickstart.py:mask --count=8
 
-Below each image its class; where images are mixed, each class with its weight.
+Below each image its class; where images are mixed, each class with its weight. Of detection and segmentation the boxes,
+masks or label maps that are learned, as augmented and on the canvas; what the network sees beyond the image has the
+colour that is zero to it.
 """
 
 import argparse
@@ -15,14 +18,17 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageDraw
 
 from vitpyramid.models.registry import get_variant
-from vitpyramid.tasks import ConfigError, Task, make_task
+from vitpyramid.tasks import Task, make_task
+from vitpyramid.tasks.dense import View, backbone_name
 from vitpyramid.tasks.options import channel_statistics
-from vitpyramid.tools import config_args
+from vitpyramid.tools import config_args, draw
 from vitpyramid.tools.classes import saved_names
+from vitpyramid.tools.draw import printable
 from vitpyramid.train.rng import named_key
 
 PARTS = (("training", "train"), ("evaluation", "eval"))
 
+_CANVAS = 256, 512  # at least the shorter, at most the longer side of a canvas on the sheet
 _TILE = 128  # smallest side of an image on the sheet; smaller ones are enlarged by a whole factor
 _LINE = 14  # height of a line of text
 _GAP = 4
@@ -43,8 +49,6 @@ def preview(config: ConfigDict, count: int) -> Image.Image:
 
 def small_task(config: ConfigDict, count: int) -> Task:
     """The task of a config with batches of `count`, and label weights as they were mixed."""
-    if config.task != "classify":
-        raise ConfigError(f"task = {config.task!r}: expected 'classify', no other task can be previewed")
     config = config.copy_and_resolve_references()
     config.batch_size = config.eval.batch_size = count
     config.data.workers, config.mix.groups = 0, 1
@@ -59,12 +63,35 @@ def training_images(task: Task) -> tuple[np.ndarray, list[str]]:
     batch = next(batches)
     batches.close()
     key = jax.random.fold_in(named_key(task.config.seed, "mix"), 0)
-    images, targets = jax.jit(task.prepare)(key, batch, {})
-    variant = get_variant(task.config.model.name)
-    mean, std = (np.asarray(values) for values in channel_statistics(task.config, variant))
-    pixels = np.rint(255 * (np.asarray(images) * std + mean))
+    x, targets = jax.device_get(jax.jit(task.prepare)(key, batch, {}))
     names = saved_names({"about": task.about()})
-    return pixels.clip(0, 255).astype(np.uint8), [caption(target, names) for target in np.asarray(targets["mixed"])]
+    if task.config.task != "classify":
+        return _taught(x, _pixels(x.images, task.config, backbone_name(task.config)), names)
+    return _pixels(x, task.config, task.config.model.name), [caption(target, names) for target in targets["mixed"]]
+
+
+def _pixels(images: np.ndarray, config: ConfigDict, backbone: str) -> np.ndarray:
+    """Normalised images back in pixels, uint8 in the order red, green, blue."""
+    mean, std = (np.asarray(values) for values in channel_statistics(config, get_variant(backbone)))
+    pixels = np.rint(255 * (images * std + mean)).clip(0, 255).astype(np.uint8)
+    return pixels[..., ::-1] if config.data.channels == "bgr" else pixels
+
+
+def _taught(view: View, pixels: np.ndarray, names: list[str]) -> tuple[np.ndarray, list[str]]:
+    """Canvases with what is learned of them drawn on, and captions: the names of it."""
+    tiles, captions = [], []
+    for i, image in enumerate(map(Image.fromarray, pixels)):
+        image, factor = draw.scaled(image, *_CANVAS)
+        if hasattr(view.targets, "boxes"):
+            there = np.flatnonzero(view.targets.valid[i])
+            labels, boxes = view.targets.labels[i, there], view.targets.boxes[i, there]
+            masks = () if view.targets.masks is None else view.targets.masks[i, there]
+            tiles.append(draw.objects(image, boxes, labels, [names[label] for label in labels], masks, factor))
+        else:
+            labels = np.setdiff1d(view.targets[i], draw.IGNORED)
+            tiles.append(draw.label_map_on(image, view.targets[i].astype(np.uint8)))
+        captions.append(", ".join(names[label] for label in labels))
+    return np.stack(tiles), captions
 
 
 def evaluation_images(task: Task) -> tuple[np.ndarray, list[str]]:
@@ -72,8 +99,14 @@ def evaluation_images(task: Task) -> tuple[np.ndarray, list[str]]:
     batches = iter(task.eval_batches())
     batch = next(batches)
     batches.close()
-    real, names = batch["mask"], saved_names({"about": task.about()})
-    return batch["image"][real], [names[label] for label in batch["label"][real]]
+    batch = {name: rows[batch["mask"]] for name, rows in batch.items()}
+    if task.config.task != "classify":
+        pixels = _pixels(jax.device_get(task.prepare_eval(batch).images), task.config, backbone_name(task.config))
+        tiles = [np.asarray(draw.scaled(Image.fromarray(image), *_CANVAS)[0]) for image in pixels]
+        sides = np.concatenate([batch["size"], batch["original_size"]], axis=1).tolist()
+        return np.stack(tiles), ["{} x {} of {} x {}".format(*row) for row in sides]
+    names = saved_names({"about": task.about()})
+    return batch["image"], [names[label] for label in batch["label"]]
 
 
 def caption(target: np.ndarray, names: list[str]) -> str:
@@ -106,11 +139,6 @@ def _fitting(text: str, width: int, draw: ImageDraw.ImageDraw) -> str:
     while text and draw.textlength(text) > width:
         text = text[:-1]
     return text
-
-
-def printable(text: str) -> str:
-    """A text in characters that the font of pictures may have."""
-    return text.encode("latin-1", "replace").decode("latin-1")
 
 
 def stack(pages: list[Image.Image]) -> Image.Image:

@@ -31,6 +31,7 @@ from vitpyramid.tasks import ConfigError, Task
 from vitpyramid.tasks.metrics import Metrics
 from vitpyramid.tools import preview
 from vitpyramid.tools.classes import saved_names
+from vitpyramid.tools.draw import printable
 from vitpyramid.train import loop
 
 _LISTED = 20  # classes in the printed table
@@ -233,12 +234,12 @@ def confusion_picture(confusion: np.ndarray, names: list[str]) -> Image.Image:
         colour = "white" if shares[row, column] > 0.5 else "black"
         centre = (column + 0.5) * cell, (row + 0.5) * cell
         draw.text(centre, str(confusion[row, column]), colour, font, anchor="mm")
-    edge = int(max(font.getlength(preview.printable(name)) for name in names)) + 8
+    edge = int(max(font.getlength(printable(name)) for name in names)) + 8
     page = Image.new("RGB", (edge + count * cell + 1, edge + count * cell + 1), "white")
     page.paste(picture, (edge, edge))
     for place, name in enumerate(names):
         label = Image.new("RGB", (edge, cell), "white")
-        ImageDraw.Draw(label).text((edge - 4, cell / 2), preview.printable(name), "black", font, anchor="rm")
+        ImageDraw.Draw(label).text((edge - 4, cell / 2), printable(name), "black", font, anchor="rm")
         page.paste(label, (0, edge + place * cell))
         page.paste(label.rotate(-90, expand=True), (edge + place * cell, 0))
     return page

@@ -1,12 +1,16 @@
 """Size, cost and pyramid of a network at a size of images, without running it or allocating its weights.
 
     python -m vitpyramid.tools.summary --model=pvt_small --size=384x512
+    python -m vitpyramid.tools.summary --model=mask_rcnn_pvt_small
     python -m vitpyramid.tools.summary --all --markdown
 
 Multiply-accumulates are those of convolutions, linear layers and both products of attention, counted in the traced
 forward pass of one image: every product that depends on the images and has no constant for an operand. So the resizing
 of position tables and the moving of data by constant matrices are not counted, nor are norms, softmax and the like.
 PyTorch's `FlopCounterMode`, halved, gives the same numbers for the papers' own code.
+
+Detectors are counted as they detect, with all the regions that they may have, on a canvas of 800 x 1344, which holds an
+image of 800 x 1333; segmenters at 512 x 512. What RoIAlign multiplies to resample maps is not counted.
 
 Stored bytes are the arrays that `jax.vjp` of `features` keeps for the backward pass: float32, training mode, per image
 (a batch of two, halved), counted in the stage that makes them. Weights and images are not counted, nor what depends on
@@ -15,6 +19,7 @@ element-wise results: read it as an upper bound, to compare stages and sizes wit
 """
 
 import argparse
+import collections
 import dataclasses
 import re
 import sys
@@ -24,7 +29,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from vitpyramid.models.registry import get_variant, list_models
+from vitpyramid.heads.registry import DENSE, FACTS, create_model, list_models
+from vitpyramid.heads.semantic_fpn import SemanticFPN
+from vitpyramid.models.registry import get_variant
 from vitpyramid.tools import macs
 
 # Why published multiply-accumulates differ from ours, by family.
@@ -32,6 +39,10 @@ REASONS = {"rest": "the published figure omits part of the attention products"}
 OTHER_REASON = "the published figure was counted with another tool"
 ROUNDED = "the published figure is rounded"
 ALLOWED_DIFFERENCE = 0.03
+
+# Canvases, and the sizes that the papers counted at.
+DETECTION, PUBLISHED_DETECTION, SEGMENTATION = (800, 1344), (800, 1280), (512, 512)
+RESAMPLING = re.compile(r"(^|/)resample/")  # the scope of what moves data alone
 
 VIEWS = ("reshape", "squeeze", "copy")  # primitives whose result is their operand's memory
 
@@ -110,11 +121,80 @@ def summarise(name: str, height: int | None = None, width: int | None = None) ->
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The backbone of a network for dense prediction, or a module that stands on it; of trainable parameters."""
+
+    name: str
+    parameters: int
+    macs: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseSummary:
+    """What a network for dense prediction is at `height x width` images.
+
+    Attributes:
+      parts: its backbone, neck and heads.
+      published: parameters in millions; None where there are none.
+      published_gmacs: as of `Summary`, at `PUBLISHED_DETECTION` or `SEGMENTATION`.
+      strides: of the backbone's levels that are read.
+    """
+
+    name: str
+    height: int
+    width: int
+    parts: tuple[Part, ...]
+    published: float | None
+    published_gmacs: float | None
+    strides: tuple[int, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Trainable ones."""
+        return sum(part.parameters for part in self.parts)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one image."""
+        return sum(part.macs for part in self.parts)
+
+
+def summarise_dense(name: str, height: int | None = None, width: int | None = None) -> DenseSummary:
+    """Summary of the network for dense prediction called `name` for images of `height x width`.
+
+    By default those are 800 x 1344, of segmenters 512 x 512. Raises as `summarise`.
+    """
+    model, facts = create_model(name), FACTS.get(name)
+    own = SEGMENTATION if isinstance(model, SemanticFPN) else DETECTION
+    height, width = height or own[0], width or own[1]
+    variables = jax.eval_shape(model.init, jax.random.key(0), _images(1, *model.height_width))
+    params, modules = variables["params"], ("backbone", *model.after)
+    part_of = {module: re.sub(r"(_\d+)+$", "", module) for module in modules}
+    # A method of the network may call what is inside of a module.
+    inside = {name: part_of[module] for module in modules for name in params.get(module, ())}
+    sizes, counts = collections.Counter(), collections.Counter()
+    for module, part in part_of.items():
+        sizes[part] += _size(params.get(module, ()))
+    for path, count in macs_by_path(model, variables, height, width).items():
+        parts = ((inside | part_of).get(name) for name in re.split(r"[/.]", path))
+        counts[next(filter(None, parts), "others")] += count
+    parts = tuple(Part(part, sizes[part], counts[part]) for part in {**sizes, **counts})
+    published = (facts.published, facts.gmacs) if facts else (None, None)
+    return DenseSummary(name, height, width, parts, *published, tuple(model.backbone.strides[i] for i in model.levels))
+
+
 def count_macs(model, variables, height: int, width: int) -> int:
     """Multiply-accumulates of `model` for one image; `variables` may be shapes."""
+    return macs_by_path(model, variables, height, width).total()
+
+
+def macs_by_path(model, variables, height: int, width: int) -> collections.Counter:
+    """`count_macs`, by the methods, scopes and operation that an operation is in."""
     with nn.intercept_methods(_show_sums):
         jaxpr = jax.make_jaxpr(model.apply)(variables, _images(1, height, width)).jaxpr
-    return macs.walk(jaxpr, _input_sources(jaxpr))[0].total()
+    found = macs.walk(jaxpr, _input_sources(jaxpr))[0]
+    return collections.Counter({path: count for path, count in found.items() if not RESAMPLING.search(path)})
 
 
 def _show_sums(call, args, kwargs, context):
@@ -194,21 +274,66 @@ def describe(summary: Summary) -> str:
     return "\n".join(lines)
 
 
+def describe_dense(summary: DenseSummary) -> str:
+    """A summary as lines of text."""
+    millions = f" (published {summary.published:.1f} M)" if summary.published else ""
+    gmacs = f" (published {summary.published_gmacs:g}{_counted_at(summary)})" if summary.published_gmacs else ""
+    lines = [
+        f"{summary.name} for images of {summary.height} x {summary.width}",
+        f"parameters  {summary.parameters:,}{millions}",
+        f"GMACs       {summary.macs / 1e9:.4g}{gmacs}",
+        f"strides     {'/'.join(map(str, summary.strides))}",
+        "",
+        f"{'part':<12}  {'parameters':>12}  {'GMACs':>7}",
+    ]
+    lines += [f"{part.name:<12}  {part.parameters:>12,}  {part.macs / 1e9:>7.4g}" for part in summary.parts]
+    return "\n".join(lines)
+
+
+def _counted_at(summary: DenseSummary) -> str:
+    """At which other size the published figure was counted, in words."""
+    theirs = SEGMENTATION if issubclass(DENSE[summary.name].network, SemanticFPN) else PUBLISHED_DETECTION
+    return "" if (summary.height, summary.width) == theirs else f" at {theirs[0]}x{theirs[1]}"
+
+
+DENSE_COLUMNS = ("model", "image", "parameters", "published, M", "GMACs", "published", "strides")
+
+
+def dense_table(summaries: list[DenseSummary], markdown: bool = False) -> str:
+    """One row a network."""
+    rows = [
+        (
+            summary.name,
+            f"{summary.height}x{summary.width}",
+            f"{summary.parameters:,}",
+            "-" if summary.published is None else f"{summary.published:.1f}",
+            f"{summary.macs / 1e9:.4g}",
+            "-" if summary.published_gmacs is None else f"{summary.published_gmacs:g}{_counted_at(summary)}",
+            "/".join(map(str, summary.strides)),
+        )
+        for summary in summaries
+    ]
+    return "\n".join(_lines([DENSE_COLUMNS, *rows], markdown))
+
+
 COLUMNS = ("model", "image", "parameters", "frozen", "GMACs", "published", "top-1", "strides", "channels", "stored MiB")
 
 
 def table(summaries: list[Summary], markdown: bool = False) -> str:
     """One row a network, reasons for differences below; plain text or Markdown."""
     reasons = list(dict.fromkeys(summary.reason for summary in summaries if summary.reason))
-    rows = [COLUMNS, *(_row(summary, reasons) for summary in summaries)]
-    if markdown:
-        rows.insert(1, ("---",) + ("---:",) * (len(COLUMNS) - 1))
-        lines = [f"| {' | '.join(row)} |" for row in rows]
-    else:
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    lines = _lines([COLUMNS, *(_row(summary, reasons) for summary in summaries)], markdown)
     notes = [f"{mark}. {reason}" if markdown else f"[{mark}] {reason}" for mark, reason in enumerate(reasons, start=1)]
     return "\n".join([*lines, *([""] if notes else []), *notes])
+
+
+def _lines(rows: list[tuple[str, ...]], markdown: bool) -> list[str]:
+    """Rows, the first with the names of the columns, as text or Markdown."""
+    if markdown:
+        rows = [rows[0], ("---",) + ("---:",) * (len(rows[0]) - 1), *rows[1:]]
+        return [f"| {' | '.join(row)} |" for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
 
 
 def _row(summary: Summary, reasons: list[str]) -> tuple[str, ...]:
@@ -240,21 +365,26 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("vitpyramid.tools.summary", description=__doc__.splitlines()[0])
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", help="name of the network")
-    which.add_argument("--all", action="store_true", help="a table of all networks")
+    which.add_argument("--all", action="store_true", help="tables of all networks")
     parser.add_argument("--size", type=image_size, default=(None, None), help="HEIGHTxWIDTH or SIDE; default: its own")
-    parser.add_argument("--markdown", action="store_true", help="with --all: the table as Markdown")
+    parser.add_argument("--markdown", action="store_true", help="with --all: tables as Markdown")
     args = parser.parse_args(argv)
     if args.markdown and not args.all:
         parser.error("--markdown is for tables, expected --all beside it")
     try:
         if args.model:
-            print(describe(summarise(args.model, *args.size)))
+            dense = args.model in DENSE
+            act, show = (summarise_dense, describe_dense) if dense else (summarise, describe)
+            print(show(act(args.model, *args.size)))
             return
-        names, summaries = list_models(), []
+        names, summaries, on_top = list_models(), [], []
         for i, name in enumerate(names, start=1):
             print(f"{i}/{len(names)} {name}", file=sys.stderr)
-            summaries.append(summarise(name, *args.size))
-        print(table(summaries, args.markdown))
+            if name in DENSE:
+                on_top.append(summarise_dense(name, *args.size))
+            else:
+                summaries.append(summarise(name, *args.size))
+        print("\n\n".join([table(summaries, args.markdown), *([dense_table(on_top, args.markdown)] if on_top else [])]))
     except ValueError as error:
         parser.error(str(error))
 

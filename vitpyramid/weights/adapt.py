@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from vitpyramid.heads.registry import create_model
 from vitpyramid.models.layers import resize_positions
-from vitpyramid.models.registry import create_model
-from vitpyramid.weights.names import HEADS, Path, is_behind, model_shapes
+from vitpyramid.weights.names import Path, class_paths, is_behind, model_shapes
 
 
 class Adapted(NamedTuple):
     """Variables for another network of the same name.
 
     Attributes:
-      network: `{"name", "num_classes", "image_size"}`, for `create_model`.
+      network: as it was given, with the wanted numbers; for `create_model`.
       variables: nested dicts of numpy arrays, all that the network has.
       initialised: paths of what was not among the weights, or of another number of classes.
       resized: paths of position tables that were resized.
@@ -36,12 +36,12 @@ def adapt(
     seed: int = 0,
     features_only: bool = False,
 ) -> Adapted:
-    """Fits weights to a head of `num_classes` and to position tables for images of `image_size`.
+    """Fits weights to heads of `num_classes` and to position tables for images of `image_size`.
 
     Args:
-      network: `{"name", "num_classes", "image_size"}` of the weights.
+      network: `{"name", "num_classes", "image_size"}` of the weights, with heads on a backbone also "backbone".
       variables: nested dicts of numpy arrays, of the shapes that `network` has. What is missing is initialised.
-      num_classes: None: as in `network`; another number: the heads are initialised.
+      num_classes: None: as in `network`; another number: what has one is initialised.
       image_size: side of the square images whose grids the position tables get; None: as in `network`. Tables are
         resized as the network itself does it, class tokens' rows excepted.
       seed: of initialised parameters.
@@ -50,11 +50,8 @@ def adapt(
     Raises:
       ValueError: unknown model.
     """
-    wanted = {
-        "name": network["name"],
-        "num_classes": num_classes or network["num_classes"],
-        "image_size": image_size or network["image_size"],
-    }
+    numbers = {"num_classes": num_classes, "image_size": image_size}
+    wanted = {**network, **{key: number for key, number in numbers.items() if number}}
     model = create_model(**wanted)
     shapes = model_shapes(**wanted)
     if features_only:
@@ -63,7 +60,7 @@ def adapt(
     moved = {tuple(old.path.split("/")): (old, new) for old, new in tables if old.grid != new.grid}
     flat = traverse_util.flatten_dict(variables)
     if wanted["num_classes"] != network["num_classes"]:
-        flat = {path: array for path, array in flat.items() if path[1] not in HEADS}
+        flat = {path: flat[path] for path in flat.keys() - class_paths(network)}
     fresh = [path for path in shapes if path not in flat]
     flat |= _initial(wanted, fresh, seed)
     resized = [path for path in moved if path not in fresh]

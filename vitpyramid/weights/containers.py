@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vitpyramid.heads.registry import DENSE, create_model
 from vitpyramid.models.registry import VARIANTS
+from vitpyramid.weights import dense_names
 from vitpyramid.weights.names import LISTED, torch_name
 from vitpyramid.weights.pickles import brief
 
@@ -27,6 +29,8 @@ StateDict = dict[str, np.ndarray]
 RAW = ("state_dict", "model", "net", "model_state_dict")
 EMA = ("state_dict_ema",)
 OTHER_EMA = ("model_ema", "ema")  # averages that their authors did not report: taken only when asked for
+WRAPPERS = ("module.", "_orig_mod.")  # prefixes of all keys, which say nothing
+_BELOW = "backbone."
 IGNORED = re.compile(r"(^|\.)(total_ops|total_params|num_batches_tracked)$")  # counters, no parameters
 
 
@@ -145,7 +149,7 @@ class Contents(NamedTuple):
       container: where the state dict lay, e.g. "state_dict_ema", "the file itself".
       prefix: what was before the names.
       names: of a `Dialect`.
-      ignored: keys of the file that are no parameters of a backbone.
+      ignored: keys of the file that are no parameters, or none of a backbone.
     """
 
     state_dict: StateDict
@@ -156,18 +160,21 @@ class Contents(NamedTuple):
     ignored: list[str]
 
 
-def open_contents(content: Any, weights: str = "auto") -> Contents:
+def open_contents(content: Any, weights: str = "auto", name: str | None = None) -> Contents:
     """Finds the state dict in what a checkpoint file holds and gives it the papers' names.
 
     Args:
       content: what `read_torch_file` returns.
       weights: "ema" or "raw" of a training state; "auto" takes `state_dict_ema` where there is one, which is what
         T2T-ViT's authors release, else the raw weights.
+      name: of a network for dense prediction, for all of a detector; else what is taken of one is the backbone.
 
     Raises:
       ValueError: no state dict in it, or not the one asked for, or several; the message lists what there is.
     """
-    container, found = unwrap(content, weights)
+    container, found = _unwrap(content, weights)
+    if name in DENSE:
+        return _open_dense(container, found, name)
     dialect, prefix = _dialect(found)
     origin, state_dict, ignored = {}, {}, []
     for key, array in found.items():
@@ -190,7 +197,36 @@ def open_contents(content: Any, weights: str = "auto") -> Contents:
     return Contents(state_dict, origin, container, prefix, dialect.names, ignored)
 
 
-def unwrap(content: Any, weights: str) -> tuple[str, Mapping[str, Any]]:
+def _open_dense(container: str, found: Mapping[str, Any], name: str) -> Contents:
+    """All of a network for dense prediction, in the names of its library."""
+    prefix = next((wrapper for wrapper in WRAPPERS if all(key.startswith(wrapper) for key in found)), "")
+    own, ignored = {}, []
+    for key, array in found.items():
+        if dense_names.IGNORED.search(key.removeprefix(prefix)) or not isinstance(array, np.ndarray):
+            ignored.append(key)
+        else:
+            own[key.removeprefix(prefix)] = array
+    own, origin = _with_papers_backbone(own)
+    model = dense_names.named_as(create_model(name), own)
+    state_dict = dense_names.in_one_form(model, own)
+    origin = {key: prefix + origin[key] if key in origin else f"parts of {key}" for key in state_dict}
+    return Contents(state_dict, origin, container, prefix, model.library, ignored)
+
+
+def _with_papers_backbone(arrays: StateDict) -> tuple[StateDict, dict[str, str]]:
+    """Arrays with MMDetection's PVT, if it is under the heads, in the papers' names; and the old name of each."""
+    below = {key: array for key, array in arrays.items() if key.startswith(_BELOW)}
+    origin = {key: key for key in arrays}
+    if not below or _dialect(below)[0].names != "MMDetection":
+        return arrays, origin
+    contents = open_contents(below)
+    ours = {_BELOW + name: array for name, array in contents.state_dict.items()}
+    renamed = {_BELOW + name: key for name, key in contents.origin.items()}
+    kept = arrays.keys() - below.keys()
+    return {**{key: arrays[key] for key in arrays if key in kept}, **ours}, {**{key: key for key in kept}, **renamed}
+
+
+def _unwrap(content: Any, weights: str) -> tuple[str, Mapping[str, Any]]:
     """Where the state dict lies in a checkpoint, and the state dict; arguments and errors as of `open_contents`."""
     if not isinstance(content, Mapping):
         raise ValueError(f"expected a state dict or a training state, the file holds a {type(content).__name__}")

@@ -1,7 +1,7 @@
-"""What a network for dense prediction starts from: a whole file of one, or a classifier's weights for its backbone."""
+"""What a network for dense prediction starts from: a classifier's weights for its backbone."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,30 +9,6 @@ import numpy as np
 from flax import traverse_util
 
 from vitpyramid.heads.network import DenseNetwork
-from vitpyramid.heads.registry import create_model
-from vitpyramid.weights import dense_names
-from vitpyramid.weights.containers import unwrap
-
-
-def load_dense(content: Any, name: str, weights: str = "auto") -> tuple[DenseNetwork, dict]:
-    """The network called `name` and its variables, from what a checkpoint of mmdetection or detectron2 holds.
-
-    Args:
-      content: what `read_torch_file` returns.
-      weights: as of `open_contents`.
-
-    Raises:
-      ValueError: no state dict in it, or none of this network (the message lists the keys).
-    """
-    container, found = unwrap(content, weights)
-    state_dict = {key: array for key, array in found.items() if isinstance(array, np.ndarray)}
-    try:
-        variables = dense_names.torch_to_flax(name, state_dict)
-    except ValueError as error:
-        raise ValueError(f"{container}: {error}") from error
-    variables = jax.tree.map(lambda array: np.asarray(array, np.float32), variables)
-    shapes = {key: array.shape for key, array in state_dict.items()}
-    return create_model(**dense_names.network_of(name, shapes)), variables
 
 
 class Started(NamedTuple):

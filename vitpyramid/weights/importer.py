@@ -1,5 +1,6 @@
 """From a state dict in the papers' names to the variables of a model, with every key accounted for."""
 
+import functools
 import math
 from collections.abc import Collection
 from typing import NamedTuple
@@ -7,8 +8,11 @@ from typing import NamedTuple
 import numpy as np
 from flax import traverse_util
 
-from vitpyramid.models.registry import VARIANTS, create_model
-from vitpyramid.weights import names
+from vitpyramid.heads.network import DenseNetwork
+from vitpyramid.heads.registry import create_model
+from vitpyramid.models.backbone import Backbone
+from vitpyramid.models.registry import VARIANTS
+from vitpyramid.weights import dense_names, names
 from vitpyramid.weights.adapt import adapt
 from vitpyramid.weights.containers import Contents
 from vitpyramid.weights.pickles import DTYPES, brief
@@ -21,7 +25,7 @@ class Converted(NamedTuple):
     """A model's variables from PyTorch weights.
 
     Attributes:
-      network: `{"name", "num_classes", "image_size"}`, for `create_model`.
+      network: `{"name", "num_classes", "image_size"}`, for `create_model`; with heads on a backbone also "backbone".
       variables: nested dicts of float32 numpy arrays.
       notes: keys by what happened to them, for those that were not simply taken: "ignored" (counters, other parts of a
         detector), "missing", "unexpected", "wrong shape" (all allowed by the caller), "initialised", "resized".
@@ -40,17 +44,19 @@ def import_weights(
     seed: int = 0,
     features_only: bool = False,
     allow: Collection[str] = (),
+    backbone: str = "",
 ) -> Converted:
     """Turns a state dict into variables.
 
     Args:
-      contents: what `open_contents` returns.
-      name: of the model; None: recognised by the keys and shapes.
+      contents: what `open_contents` returns, given the same name.
+      name: of the model; None: of a backbone, recognised by the keys and shapes.
       num_classes: None: as in the file; another number than the file's: the head is initialised anew.
       image_size: side of the square images whose grids the position tables get, resized; None: as in the file.
       seed: of initialised parameters.
       features_only: leave out what stands behind the last stage, which may be missing or of another shape.
       allow: kinds of `PROBLEMS` that are no error. Parameters missing or of another shape are then initialised.
+      backbone: name of what the heads of a network for dense prediction stand on; "": their own.
 
     Raises:
       ValueError: unknown or unrecognised model, problems that are not allowed (the message lists the keys), or weights
@@ -58,30 +64,32 @@ def import_weights(
     """
     shapes = {key: array.shape for key, array in contents.state_dict.items()}
     name = name or recognise(shapes)
-    network = names.network_of(name, shapes)
-    rows = _absent_rows(network, shapes)
+    network = dense_names.network_of(name, shapes, backbone)
+    model = create_model(**network)
+    name_of = functools.partial(dense_names.torch_name, model)
+    rows = _absent_rows(model, shapes)
     state_dict = dict(contents.state_dict)
     for key, n in rows.items():
         state_dict[key] = np.pad(state_dict[key], ((0, 0), (n, 0), (0, 0)))
     shapes = {key: array.shape for key, array in state_dict.items()}
     native = names.model_shapes(**network)
-    expected = names.in_torch(native)
+    in_files = [path for path in native if path != dense_names.NORMALISER]
+    expected = {name_of(path): dense_names.torch_shape(path, native[path]) for path in in_files}
     problems = names.compare(shapes, expected)
-    new_head = num_classes not in (None, names.head_rows(shapes))
-    replaced = {key for key in expected if new_head and key.split(".")[0] in names.HEADS}
+    new_head = num_classes not in (None, dense_names.classes_in(model, shapes))
+    replaced = {name_of(path) for path in names.class_paths(network)} if new_head else set()
     if features_only:
-        model = create_model(**network)
-        replaced |= {key for path, key in zip(native, expected, strict=True) if names.is_behind(model, path)}
+        replaced |= {name_of(path) for path in native if names.is_behind(model, path)}
     problems = {kind: [key for key in keys if key not in replaced] for kind, keys in problems.items()}
     # Copies: the file's own arrays, which may be the file mapped, can be let go of.
     flat = {}
-    for path, key in zip(native, expected, strict=True):
+    for path, key in zip(in_files, expected, strict=True):
         if key in replaced or shapes.get(key) != expected[key]:
             continue
         if state_dict[key].dtype not in FLOATS:
             raise ValueError(f"{key} is of {state_dict[key].dtype}, expected one of {', '.join(map(str, FLOATS))}")
         with np.errstate(over="ignore"):
-            flat[path] = np.array(names.from_torch(path, state_dict[key]), np.float32, order="C")
+            flat[path] = dense_names.from_torch(path, np.asarray(state_dict[key], np.float32), native[path])
         if not np.isfinite(flat[path]).all():
             problems.setdefault("nonfinite", []).append(key)
     refused = {kind: keys for kind, keys in problems.items() if keys and kind not in allow}
@@ -90,13 +98,15 @@ def import_weights(
             f"these are not the parameters of {name}\n{names.describe(refused, shapes, expected)}\n"
             f"--allow={','.join(kind.replace(' ', '_') for kind in refused)} goes on all the same."
         )
+    if dense_names.NORMALISER in native:
+        flat[dense_names.NORMALISER] = dense_names.FIRST_NORMALISER
     adapted = adapt(network, traverse_util.unflatten_dict(flat), num_classes, image_size, seed, features_only)
     zeros = [f"{key}[:, {row}]" for key, n in rows.items() for row in range(n)]
     notes = {
         "ignored": contents.ignored,
         **problems,
-        "initialised": sorted(map(names.torch_name, adapted.initialised)) + zeros,
-        "resized": [names.torch_name(path) for path in adapted.resized],
+        "initialised": sorted(map(name_of, adapted.initialised)) + zeros,
+        "resized": list(map(name_of, adapted.resized)),
     }
     return Converted(adapted.network, adapted.variables, {kind: keys for kind, keys in notes.items() if keys})
 
@@ -124,11 +134,12 @@ def recognise(shapes: names.Shapes) -> str:
     return nearest[0]
 
 
-def _absent_rows(network: dict, shapes: names.Shapes) -> dict[str, int]:
+def _absent_rows(model: Backbone | DenseNetwork, shapes: names.Shapes) -> dict[str, int]:
     """How many rows position tables lack, by key: those of class tokens, which detectors drop with the tokens."""
-    tables = {} if "cls_token" in shapes else names.position_tables(create_model(**network))
+    tables = () if "cls_token" in shapes else model.position_tables
+    by_key = {dense_names.torch_name(model, tuple(table.path.split("/"))): table for table in tables}
     return {
         key: table.extra
-        for key, table in tables.items()
+        for key, table in by_key.items()
         if table.extra and shapes.get(key, ())[1:-1] == (math.prod(table.grid),)
     }

@@ -22,11 +22,18 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from vitpyramid.heads.network import DenseNetwork
+from vitpyramid.heads.registry import create_model
 from vitpyramid.models.backbone import Backbone, PositionTable
-from vitpyramid.models.registry import create_model
 from vitpyramid.weights.pickles import brief
 
-TORCH_LEAF = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+TORCH_LEAF = {
+    "kernel": "weight",
+    "scale": "weight",
+    "embedding": "weight",
+    "mean": "running_mean",
+    "var": "running_var",
+}
 # Axes of a Flax array in PyTorch's order, by last part of the path and number of dimensions: linear, convolutions of
 # one and two dimensions, a position table that is a map.
 TORCH_AXES = {
@@ -116,7 +123,7 @@ def in_torch(shapes: Mapping[Path, tuple[int, ...]]) -> Shapes:
     }
 
 
-def _flax_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def flax_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of the Flax array at `path` (joined by "/") of a PyTorch array."""
     return tuple(shape[axis] for axis in np.argsort(torch_axes(tuple(path.split("/")), len(shape))))
 
@@ -135,7 +142,7 @@ def network_of(name: str, torch_shapes: Shapes) -> dict:
     head, no position tables or some that make no sense, the model's own numbers."""
     model = create_model(name)
     tables = {
-        table.path: _flax_shape(table.path, torch_shapes[key])
+        table.path: flax_shape(table.path, torch_shapes[key])
         for key, table in position_tables(model).items()
         if key in torch_shapes
     }
@@ -157,17 +164,31 @@ def head_rows(torch_shapes: Shapes) -> int | None:
     return next((shape[0] for shape in heads if len(shape) == 2), None)
 
 
-@functools.lru_cache(maxsize=64)
-def model_shapes(name: str, num_classes: int, image_size: int | tuple[int, int]) -> dict[Path, tuple[int, ...]]:
-    """Flax shapes by path of the model called `name`; `ValueError` beyond `LARGEST_SIDE` or `MOST_CLASSES`."""
+def model_shapes(
+    name: str, num_classes: int, image_size: int | tuple[int, int], backbone: str = "", library: str | None = None
+) -> dict[Path, tuple[int, ...]]:
+    """Flax shapes by path of any of `list_models()`; `ValueError` beyond `LARGEST_SIDE` or `MOST_CLASSES`."""
     if num_classes > MOST_CLASSES or np.max(image_size) > LARGEST_SIDE:
         raise ValueError(
             f"{num_classes} classes, image size {image_size}: expected at most {MOST_CLASSES} and {LARGEST_SIDE}"
         )
-    model = create_model(name, num_classes=num_classes, image_size=image_size)
+    del library  # in whose names weights are makes no other shapes
+    return variable_shapes(create_model(name, backbone, num_classes=num_classes, image_size=image_size))
+
+
+@functools.lru_cache(maxsize=64)
+def variable_shapes(model: Backbone | DenseNetwork) -> dict[Path, tuple[int, ...]]:
+    """Shapes of a model's variables by path."""
     images = jax.ShapeDtypeStruct((1, *model.height_width, 3), np.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(variables).items()}
+
+
+def class_paths(network: Mapping) -> set[Path]:
+    """Paths of what has another shape where `create_model(**network)` has another number of classes."""
+    count = network["num_classes"]
+    ours, others = (model_shapes(**{**network, "num_classes": number}) for number in (count, count - 1 or 2))
+    return {path for path, shape in ours.items() if others[path] != shape}
 
 
 def compare(shapes: Shapes, expected: Shapes) -> dict[str, list[str]]:
@@ -192,8 +213,8 @@ def describe(problems: Mapping[str, list[str]], shapes: Shapes, expected: Shapes
     return "\n".join(lines)
 
 
-def is_behind(model: Backbone, path: Path) -> bool:
-    """Whether what has this path in the variables stands behind the model's last stage: its norm and its heads."""
+def is_behind(model: Backbone | DenseNetwork, path: Path) -> bool:
+    """Whether what has this path in the variables stands behind the last stage of the model, or of its backbone."""
     inside = "/".join(path[1:])
     return any(inside == after or inside.startswith(f"{after}/") for after in model.after)
 

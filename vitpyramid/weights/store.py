@@ -4,7 +4,8 @@ Both have checkpoints in `FOLDER/checkpoints/STEP`, written under a temporary na
 bucket marked when complete, so that a half-written one is never picked up. Each has an item `state`, arrays (`step`,
 `params`, `model_state`, `opt_state`, `ema`), and an item `meta`, JSON:
 
-    network       {"name", "num_classes", "image_size", "scan"}: what `create_model` needs
+    network       {"name", "num_classes", "image_size", "scan"}: what `create_model` needs; of a network for dense
+                  prediction also "backbone", "" for its own
     ema           whether `state` has a moving average of the weights
     config        of the run that saved it
     num_examples  of its training split
@@ -26,7 +27,7 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from vitpyramid.files import in_bucket
-from vitpyramid.models.registry import create_model
+from vitpyramid.heads.registry import create_model
 from vitpyramid.models.stack import unstack_blocks
 from vitpyramid.weights import intact
 
@@ -38,7 +39,7 @@ class Stored(NamedTuple):
     """Weights of a folder.
 
     Attributes:
-      network: `{"name", "num_classes", "image_size"}`, for `create_model`.
+      network: `{"name", "num_classes", "image_size"}`, for `create_model`; with heads on a backbone also "backbone".
       variables: nested dicts of float32 numpy arrays, blocks not stacked.
       weights: "raw" or "ema".
       step: steps that they were trained for; 0 for converted ones.
@@ -148,7 +149,7 @@ def has_weights(folder: Path) -> bool:
 
 
 def write_weights(folder: Path, network: dict, variables: dict) -> None:
-    """Writes variables as step 0. `network` is `{"name", "num_classes", "image_size"}`.
+    """Writes variables as step 0; `network` is as in `Stored`.
 
     Raises:
       FileExistsError: the folder has checkpoints.
