@@ -1,7 +1,7 @@
 """The largest of very many numbers, without sorting them all.
 
-A TPU sorts hundreds of thousands of numbers slowly, and its compiler takes minutes over such a sort. The `number`-th
-largest is found bit by bit instead, from the highest: each bit costs one count over all numbers.
+Of hundreds of thousands of numbers a few hundred are wanted. The last of these is found bit by bit, from the highest:
+each bit costs one count over all numbers.
 """
 
 import jax
