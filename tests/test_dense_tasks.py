@@ -169,7 +169,7 @@ def test_from_a_classifier(tmp_path, caplog, monkeypatch):
     shapes = model_shapes("pvt_micro", 10, 32)
     variables = traverse_util.unflatten_dict({path: np.zeros(shape, np.float32) for path, shape in shapes.items()})
     write_weights(tmp_path, {"name": "pvt_micro", "num_classes": 10, "image_size": 32}, variables)
-    config = tiny("detect", init=str(tmp_path))
+    config = tiny("detect", init=str(tmp_path), **{"data.image_size": 96})
     task = make_task(config)
     given = []
 
@@ -202,7 +202,7 @@ def test_from_a_whole_network(monkeypatch):
         return None, {"params": {"neck": 1}}
 
     monkeypatch.setattr(dense, "load_pretrained", load_pretrained)
-    config = tiny("detect", **{"init": "whole", "model.backbone": "pit_micro"})
+    config = tiny("detect", **{"init": "whole", "model.backbone": "pit_micro", "data.image_size": 96})
     assert make_task(config).initial() == {"params": {"neck": 1}}
     wanted = {"num_classes": 10, "image_size": 96, "seed": 1, "backbone": "pit_micro"}
     assert asked == [("whole", "retinanet_pvt_micro", wanted)]

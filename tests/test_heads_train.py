@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dense_networks import two_devices
 from harness import random_images, random_variables
 from toy_family import Toy
 from vitpyramid import create_model
@@ -77,10 +78,11 @@ def test_an_image_without_objects(name, options):
 
 
 @pytest.mark.parametrize("name", ["retinanet_pvt_micro", "mask_rcnn_pvt_micro"])
-def test_several_devices_detect(name, two_devices):
+def test_several_devices_detect(name):
     """The program is traced alone: more anchors than candidates, which are chosen on each device."""
     model = create_model(name, image_size=64)
     images = jax.ShapeDtypeStruct((2, 128, 128, 3), np.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
-    found = jax.eval_shape(lambda *args: model.apply(*args, method="detect"), variables, images, np.ones((2, 2)))
+    with two_devices():
+        found = jax.eval_shape(lambda *args: model.apply(*args, method="detect"), variables, images, np.ones((2, 2)))
     assert found.boxes.shape == (2, model.most_detections, 4)
