@@ -109,7 +109,9 @@ def torch_functions(network: Torch, maps: list[np.ndarray], targets: Targets, si
     """The same in PyTorch."""
     maps = [torch.from_numpy(x).permute(0, 3, 1, 2).contiguous().requires_grad_() for x in maps]
     each = zip(np.asarray(targets.boxes), np.asarray(targets.labels, np.int64), strict=True)
-    listed = [{"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(labels)} for boxes, labels in each]
+    listed = [
+        {"boxes": torch.from_numpy(boxes.copy()), "labels": torch.from_numpy(labels.copy())} for boxes, labels in each
+    ]
     images = ImageList(torch.zeros(len(listed), 3, *size), [size] * len(listed))
 
     def forward():

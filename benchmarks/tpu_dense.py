@@ -64,7 +64,8 @@ def pooled(bins: int):
             levels = tuple(Level(x, level.stride) for x, level in zip(maps, FINE, strict=False))
             return of_heads(lambda network, boxes: network.roi_head.pool(levels, boxes, bins))(boxes)
 
-        return jax.vjp(of_maps, maps)[1](cotangent)
+        out, backward = jax.vjp(of_maps, maps)
+        return out, backward(cotangent)
 
     return both
 

@@ -24,6 +24,7 @@ def test_train_batch_shapes_and_dtypes():
         "boxes": ((2, 3, 4), np.float32),
         "labels": ((2, 3), np.int32),
         "valid": ((2, 3), bool),
+        "dropped": ((2,), np.int32),
         "masks": ((2, 3, height, width // 8), np.uint8),
     }
 

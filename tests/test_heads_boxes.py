@@ -11,6 +11,7 @@ from dense_golden import DenseGolden, tensor
 from vitpyramid.heads import anchors, boxes, matching
 from vitpyramid.heads.nms import nms
 from vitpyramid.heads.roi_align import bin_weights, roi_align
+from vitpyramid.heads.selection import largest, top_k
 
 EXACT = 1e-9
 
@@ -123,6 +124,21 @@ def multiclass(of, scores, threshold, most, block):
     n, k = scores.shape
     pairs, classes = jnp.repeat(of, k, axis=0), jnp.tile(jnp.arange(k), n)
     return nms(pairs, scores.ravel(), scores.ravel() > threshold, 0.5, most, classes, block), classes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_largest_of_many_are_those_of_a_sort(dtype):
+    """With many equal ones, two zeros, infinities, and fewer numbers than are asked for."""
+    values = np.random.default_rng(0).integers(-40, 40, 9000) / 8
+    values[:9] = -0.0, 0.0, -np.inf, -np.inf, np.inf, 1e-38, -1e-38, 3e38, -3e38
+    values = values.astype(dtype)
+    order = np.lexsort((np.signbit(values), -values))  # stable
+    for k in (1, 700, 8999):
+        found, index = jax.jit(top_k, static_argnums=1)(values, k)
+        np.testing.assert_array_equal(index, order[:k])
+        np.testing.assert_array_equal(found, values[order[:k]])
+    for number in (0, 5, 9001):
+        np.testing.assert_array_equal(np.flatnonzero(largest(values, number)), np.sort(order[:number]))
 
 
 @pytest.mark.parametrize("block", [512, 7])

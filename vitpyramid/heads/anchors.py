@@ -33,8 +33,9 @@ def base_anchors(sizes: Sequence[float], ratios: Sequence[float] = RATIOS, order
 def grid_anchors(base: np.ndarray, grid: tuple[int, int], stride: int, dtype=jnp.float32) -> jax.Array:
     """`[h * w * A, 4]`: row-major over `grid = (h, w)`, then in the order of `base [A, 4]`."""
     y, x = jnp.meshgrid(*(stride * jnp.arange(side, dtype=dtype) for side in grid), indexing="ij")
-    corners = jnp.stack([x, y, x, y], axis=-1)  # [h, w, 4]
-    return (corners[:, :, None] + jnp.asarray(base, dtype)).reshape(-1, 4)
+    # A side of all boxes after the other: a TPU pads an axis of 4 to 128.
+    sides = [place[..., None] + jnp.asarray(base[:, i], dtype) for i, place in enumerate((x, y, x, y))]
+    return jnp.stack([side.ravel() for side in sides], axis=-1)
 
 
 def pyramid_anchors(

@@ -31,17 +31,19 @@ def overlaps(boxes: jax.Array, others: jax.Array, kind: str = "iou") -> jax.Arra
       `[..., N, M]`.
     """
     boxes, others = boxes[..., :, None, :], others[..., None, :, :]
-    low = jnp.maximum(boxes[..., :2], others[..., :2])
-    high = jnp.minimum(boxes[..., 2:], others[..., 2:])
-    common = jnp.maximum(high - low, 0).prod(-1)
+
+    def extent(low, high, side: int) -> jax.Array:
+        """From the one's border to the other's, across or down. Sides apart: a TPU pads an axis of 2 to 128."""
+        first, last = low(boxes[..., side], others[..., side]), high(boxes[..., side + 2], others[..., side + 2])
+        return jnp.maximum(last - first, 0)
+
+    common = extent(jnp.maximum, jnp.minimum, 0) * extent(jnp.maximum, jnp.minimum, 1)
     if kind == "iof":
         return common / jnp.maximum(area(boxes), EPSILON)
     union = jnp.maximum(area(boxes) + area(others) - common, EPSILON)
     if kind == "iou":
         return common / union
-    around_low = jnp.minimum(boxes[..., :2], others[..., :2])
-    around_high = jnp.maximum(boxes[..., 2:], others[..., 2:])
-    around = jnp.maximum(jnp.maximum(around_high - around_low, 0).prod(-1), EPSILON)
+    around = jnp.maximum(extent(jnp.minimum, jnp.maximum, 0) * extent(jnp.minimum, jnp.maximum, 1), EPSILON)
     return common / union - (around - union) / around
 
 

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vitpyramid.heads.selection import largest, places
+
 
 class Assignment(NamedTuple):
     """Of N anchors or proposals.
@@ -66,10 +68,10 @@ def assign(
     if low_quality:
         best = overlaps.max(axis=1, keepdims=True)
         takes = boxes_valid[:, None] & anchors_valid & (best >= least) & (overlaps == best)
-        label = jnp.where(takes.any(axis=0), 1, label)
+        last = jnp.where(takes, jnp.arange(g, dtype=jnp.int32)[:, None], -1).max(axis=0)
+        label = jnp.where(last >= 0, 1, label)
         if low_quality == "match":
-            last = g - 1 - takes[::-1].argmax(axis=0).astype(jnp.int32)
-            match = jnp.where(takes.any(axis=0), last, match)
+            match = jnp.where(last >= 0, last, match)
     return Assignment(jnp.where(anchors_valid, label, -1), match)
 
 
@@ -83,15 +85,13 @@ def sample(label: jax.Array, n: int, most_positive: int, key: jax.Array | None) 
     total = label.shape[0]
     order = -jnp.arange(total, dtype=jnp.float32) if key is None else jax.random.uniform(key, (total,))
 
-    def choose(candidates: jax.Array, most: int, number: jax.Array | int) -> jax.Array:
-        _, index = jax.lax.top_k(jnp.where(candidates, order, -jnp.inf), min(most, total))
-        taken = candidates[index] & (jnp.arange(index.shape[0]) < number)
-        return jnp.zeros(total, bool).at[index].max(taken)
+    def choose(candidates: jax.Array, number: jax.Array | int) -> jax.Array:
+        return candidates & largest(jnp.where(candidates, order, -jnp.inf), number)
 
-    positives = choose(label == 1, most_positive, most_positive)
-    background = choose(label == 0, n, n - positives.sum())
-    index = jnp.arange(total, dtype=jnp.int32)
-    rank = jnp.where(positives, 2 * total - index, jnp.where(background, total - index, 0))
-    rank = jnp.pad(rank, (0, max(n - total, 0)))
-    rank, slot = jax.lax.top_k(rank, n)
-    return Sample(jnp.where(rank > 0, slot, 0).astype(jnp.int32), rank > total, rank > 0)
+    positives = choose(label == 1, most_positive)
+    first = positives.sum()
+    background = choose(label == 0, n - first)
+    slot = jnp.arange(n)
+    positive, valid = slot < first, slot < first + background.sum()
+    index = jnp.where(positive, places(positives, slot), places(background, slot - first))
+    return Sample(jnp.where(valid, index, 0), positive, valid)

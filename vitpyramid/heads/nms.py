@@ -2,7 +2,7 @@
 
 Blocks of candidates are taken in order of their scores until enough are kept: what a block's boxes overlap in what was
 kept before goes at once, what they overlap in one another is found by iterating to the fixed point. A network's
-thousands of candidates so cost one sort and, as a rule, one or two small matrices of overlaps.
+thousands of candidates so cost, as a rule, one or two small sorts and matrices of overlaps.
 """
 
 from typing import NamedTuple
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from vitpyramid.heads import boxes as box
+from vitpyramid.heads.selection import top_k
 
 
 class Kept(NamedTuple):
@@ -58,9 +59,6 @@ def nms(
     block = min(block, n)
     if groups is None:
         groups = jnp.zeros(n, jnp.int32)
-    order = jnp.argsort(jnp.where(valid, scores, -jnp.inf), descending=True, stable=True).astype(jnp.int32)
-    padding = -n % block
-    order = jnp.pad(order, (0, padding), constant_values=0)
     candidates = valid.sum()
 
     def suppresses(of, others):
@@ -69,10 +67,10 @@ def nms(
         return overlap & (of_groups[:, None] == other_groups)
 
     def one_block(state):
-        begin, kept, count = state
-        index = jax.lax.dynamic_slice(order, (begin,), (block,))
+        begin, left, kept, count = state
+        _, index = top_k(jnp.where(left, scores, -jnp.inf), block)
         mine = boxes[index], groups[index]
-        there = begin + jnp.arange(block) < candidates
+        there = left[index]
         before = jnp.arange(most) < count
         there &= ~(suppresses((boxes[kept], groups[kept]), mine) & before[:, None]).any(axis=0)
         # Entry (i, j): i comes first and would take j with it.
@@ -86,10 +84,10 @@ def nms(
         )
         slot = jnp.where(stays, count + jnp.cumsum(stays) - 1, most)
         kept = kept.at[slot].set(index, mode="drop")
-        return begin + block, kept, jnp.minimum(count + stays.sum(), most)
+        return begin + block, left.at[index].set(False), kept, jnp.minimum(count + stays.sum(), most)
 
-    start = jnp.zeros((), jnp.int32), jnp.zeros(most, jnp.int32), jnp.zeros((), candidates.dtype)
-    _, kept, count = jax.lax.while_loop(lambda state: (state[0] < candidates) & (state[2] < most), one_block, start)
+    start = jnp.zeros((), jnp.int32), valid, jnp.zeros(most, jnp.int32), jnp.zeros((), candidates.dtype)
+    _, _, kept, count = jax.lax.while_loop(lambda state: (state[0] < candidates) & (state[3] < most), one_block, start)
     filled = jnp.arange(most) < count
     chosen = jnp.where(filled[:, None], boxes[kept], 0)
     return Kept(chosen, jnp.where(filled, scores[kept], 0), kept, filled)

@@ -21,6 +21,7 @@ from vitpyramid.heads.layers import convolution, per_anchor
 from vitpyramid.heads.matching import assign
 from vitpyramid.heads.network import DenseNetwork
 from vitpyramid.heads.nms import nms
+from vitpyramid.heads.selection import top_k
 from vitpyramid.models.backbone import Level
 from vitpyramid.models.initialisers import fan_in_uniform, xavier_uniform
 from vitpyramid.models.layers import at_least_float32
@@ -174,17 +175,15 @@ class RetinaNet(DenseNetwork, kw_only=True):
     @nn.nowrap
     def assign(self, levels: tuple[Level, ...], targets: Targets, sizes: jax.Array):
         """`Assignment` `[B, N]` of all levels' anchors."""
-        of_levels = self.anchors(levels)
-        all_anchors = jnp.concatenate(of_levels)
         batch = len(targets.boxes)
         if self.learns_padding:
-            learned = jnp.ones((batch, len(all_anchors)), bool)
+            learned = jnp.ones((batch, sum(len(of) for of in self.anchors(levels))), bool)
         else:
             learned = anchors.inside_pyramid(levels, sizes, self.per_cell)
         rule = functools.partial(assign, positive=0.5, negative=0.4, low_quality=self.low_quality)
 
         def of_image(boxes, valid, inside):
-            return rule(box.overlaps(boxes, all_anchors), valid, inside)
+            return rule(box.overlaps(boxes, jnp.concatenate(self.anchors(levels))), valid, inside)
 
         return map_rows(of_image, targets.boxes, targets.valid, learned)
 
@@ -263,12 +262,12 @@ class RetinaNet(DenseNetwork, kw_only=True):
         decode = functools.partial(box.decode, clamp_below=self.clamp_below)
         if self.candidates == "pairs":
             scores = jnp.where(scores > self.score_threshold, scores, 0).ravel()
-            scores, pair = jax.lax.top_k(scores, min(self.most_candidates, n * k))
+            scores, pair = top_k(scores, min(self.most_candidates, n * k))
             anchor, classes = pair // k, pair % k
             boxes = decode(of_level[anchor], deltas[anchor])
         else:
             if n > self.most_candidates:
-                _, anchor = jax.lax.top_k(scores.max(axis=1), self.most_candidates)
+                _, anchor = top_k(scores.max(axis=1), self.most_candidates)
                 of_level, deltas, scores = of_level[anchor], deltas[anchor], scores[anchor]
             boxes, classes = jnp.repeat(decode(of_level, deltas), k, axis=0), jnp.tile(jnp.arange(k), len(deltas))
             scores = scores.ravel()

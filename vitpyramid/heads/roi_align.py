@@ -131,6 +131,8 @@ def level_of(boxes: jax.Array, levels: int, finest: float, shift: int = 0, epsil
 
 @jax.named_scope("resample")  # by this name it is not counted among what layers multiply
 def _resample(x: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
-    """`[h, w, C]` with `[R, S, h]` and `[R, S, w]` -> `[R, S, S, C]`."""
-    half = jnp.einsum("rsh,hwc->rswc", rows.astype(x.dtype), x)
-    return jnp.einsum("rswc,rtw->rstc", half, columns.astype(x.dtype))
+    """`[h, w, C]` with `[R, S, h]` and `[R, S, w]` -> `[R, S, S, C]`, the longer axis first: less is left between."""
+    rows, columns = rows.astype(x.dtype), columns.astype(x.dtype)
+    if x.shape[0] > x.shape[1]:
+        return jnp.einsum("rswc,rtw->rstc", jnp.einsum("rsh,hwc->rswc", rows, x), columns)
+    return jnp.einsum("rsh,rthc->rstc", rows, jnp.einsum("rtw,hwc->rthc", columns, x))

@@ -14,6 +14,7 @@ from vitpyramid.heads.detector import Targets
 from vitpyramid.heads.layers import convolution, per_anchor
 from vitpyramid.heads.matching import Sample, assign, sample
 from vitpyramid.heads.nms import nms
+from vitpyramid.heads.selection import top_k
 from vitpyramid.models.backbone import Level
 from vitpyramid.models.layers import at_least_float32
 from vitpyramid.models.sharding import map_rows
@@ -97,7 +98,7 @@ class RPN(nn.Module):
             boxes, scores, level = [], [], []
             of_levels = self.anchors(levels)  # here: an array of all devices cannot be indexed on one
             for i, (of_anchors, logit, delta) in enumerate(zip(of_levels, logits, deltas, strict=True)):
-                score, index = jax.lax.top_k(logit, min(before, len(logit)))
+                score, index = top_k(logit, min(before, len(logit)))
                 decoded = box.decode(of_anchors[index], delta[index], clamp_below=self.clamp_below)
                 boxes.append(box.clip(decoded, size))
                 scores.append(score)
@@ -119,11 +120,10 @@ class RPN(nn.Module):
         Args:
           keys: `[B]`; None: the lowest indices are chosen.
         """
-        all_anchors = jnp.concatenate(self.anchors(levels))
         rule = functools.partial(assign, positive=0.7, negative=0.3, low_quality=self.low_quality, least=self.least)
 
         def of_image(boxes, valid, learned, key):
-            label, match = rule(box.overlaps(boxes, all_anchors), valid, learned)
+            label, match = rule(box.overlaps(boxes, jnp.concatenate(self.anchors(levels))), valid, learned)
             return sample(label, self.samples, self.samples // 2, key), match
 
         learned = anchors.inside_pyramid(levels, sizes, len(RATIOS)) | self.learns_padding

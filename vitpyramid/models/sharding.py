@@ -24,7 +24,8 @@ def map_rows(function: Callable, *rows):
     """`jax.vmap(function)(*rows)`, each device of the mesh by itself for its own rows.
 
     For sorts and for loops whose turns depend on the data: left to the compiler, devices gather the whole batch for the
-    former and ask one another in every turn of the latter whether it was the last.
+    former and ask one another in every turn of the latter whether it was the last. What `function` reads beside its
+    arguments it must make itself.
     """
     axes = _batch_axes()
     devices = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
