@@ -102,7 +102,6 @@ def _detr(config: ConfigDict) -> ConfigDict:
 
 
 def _deformable_detr(config: ConfigDict) -> ConfigDict:
-    config.epochs = 5.0
     config.optim.lr, config.schedule.warmup_epochs = 6e-4, 0.1
     config.eval.every_epochs = config.checkpoint.every_epochs = 1.0
     return config
