@@ -21,6 +21,27 @@ CASES = (
         for shape, times in [((2, 9, 6, 4), 2), ((1, 1, 2, 3), 2), ((2, 8, 7, 5), 3)]
     }
     | {
+        "product": (
+            lambda x, kernel, dtype: jnp.dot(x, kernel),
+            lambda x, kernel, dtype: forms.product_of_rows(x, kernel),
+            ((2, 5, 3), (3, 7)),
+        )
+    }
+    | {
+        "convolution": (
+            lambda x, kernel, dtype: forms.convolve(x, kernel, (2, 1), ((1, 2), (0, 1))),
+            lambda x, kernel, dtype: forms.convolution_of_places(x, kernel, (2, 1), ((1, 2), (0, 1))),
+            ((2, 6, 5, 3), (3, 2, 3, 4)),
+        )
+    }
+    | {
+        "depthwise": (
+            forms.depthwise_convolution_tpu,
+            forms.shifted_products,
+            ((2, 5, 7, 3), (3, 3, 1, 3), (3,)),
+        )
+    }
+    | {
         f"reduction {shape} / {sr}": (
             forms.reducing_convolution_tpu,
             forms.reducing_products,
@@ -54,17 +75,17 @@ CASES = (
     | {
         "gelu": (
             lambda x, dtype: token_forms.gelu_with_slope(x),
-            lambda x, dtype: token_forms.gelu_erfc(x),
+            lambda x, dtype: token_forms.gelu_erf(x),
             ((3, 5, 7),),
         )
     }
     | {
         f"attention {query} of {keys}": (
             lambda *inputs, dtype: token_forms.attention_tpu(*inputs, 0.7),
-            lambda *inputs, dtype: token_forms.attention_products(*inputs, 0.7),
+            lambda *inputs, dtype: token_forms.attention_in_pieces(*inputs, 0.7, entries=80),
             (query, keys, keys),
         )
-        for query, keys in [((2, 7, 3, 4), (2, 5, 3, 4)), ((1, 1, 1, 8), (1, 9, 1, 8))]
+        for query, keys in [((2, 7, 3, 4), (2, 5, 3, 4)), ((1, 2, 1, 8), (1, 9, 1, 8))]
     }
 )
 
@@ -113,6 +134,12 @@ def test_the_form_follows_from_the_device(platform):
     )
 
 
+@pytest.mark.parametrize("platform, barriers", [("tpu", 0), ("cpu", 2), ("cuda", 0)])
+def test_a_cpu_writes_a_sum_and_its_cotangent(platform, barriers):
+    traced = jax.jit(jax.grad(lambda x: jnp.square(forms.written(x)).sum())).trace(jnp.ones(3))
+    assert traced.lower(lowering_platforms=(platform,)).as_text().count("optimization_barrier") == barriers
+
+
 @pytest.mark.parametrize("level", [0.0, 30.0, 300.0])
 def test_a_row_far_from_zero_is_normed_in_one_pass(level):
     """Against float64: beside what rounding the row to bfloat16 costs, a variance by sums of squares costs nothing."""
@@ -147,8 +174,9 @@ def test_gelu_with_its_slope_loses_no_more():
         return [np.float64(array) for array in (out, *backward(jnp.ones_like(out)))]
 
     with jax.enable_x64(True):
-        exact = both(token_forms.gelu_erfc, x.astype(jnp.float64))
-    found = zip(*(both(form, x) for form in (token_forms.gelu_with_slope, token_forms.gelu_erfc)), exact, strict=True)
+        exact = both(token_forms.gelu_erf, x.astype(jnp.float64))
+    jax_gelu = functools.partial(jax.nn.gelu, approximate=False)
+    found = zip(*(both(form, x) for form in (token_forms.gelu_with_slope, jax_gelu)), exact, strict=True)
     for ours, erfc, exact in found:
         assert np.linalg.norm(ours - exact) < 0.95 * np.linalg.norm(erfc - exact)
 

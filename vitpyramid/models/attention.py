@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from vitpyramid.models import token_forms
+from vitpyramid.models.forms import written
 from vitpyramid.models.layers import DropPath, LayerNorm, PackedLinear, linear
 
 
@@ -81,5 +82,5 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, N, C]` -> `[B, N, C]`."""
         attn, mlp = self.attention(name="attn"), self.mlp(name="mlp")
-        x = x + DropPath(self.drop_path)(attn(LayerNorm(self.epsilon, self.dtype, name="norm1")(x)))
-        return x + DropPath(self.drop_path)(mlp(LayerNorm(self.epsilon, self.dtype, name="norm2")(x)))
+        x = written(x + DropPath(self.drop_path)(attn(LayerNorm(self.epsilon, self.dtype, name="norm1")(x))))
+        return written(x + DropPath(self.drop_path)(mlp(LayerNorm(self.epsilon, self.dtype, name="norm2")(x))))

@@ -36,6 +36,35 @@ def _either(tpu, default, options):
     return jax.jit(either, inline=True)
 
 
+@functools.partial(jax.jit, inline=True)
+def written(x: jax.Array) -> jax.Array:
+    """`x` itself, which a CPU writes to memory here, as it does its cotangent.
+
+    Otherwise XLA on CPU computes a sum again in each of its readers: that of a residual stream's cotangents, in every
+    block, from all blocks behind it.
+    """
+    return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
+
+
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x @ kernel`, `[..., C]` and `[C, F]` -> `[..., F]`.
+
+    The gradient of the kernel sums over all rows. XLA on CPU does so at once over one axis; for two it first writes the
+    cotangent, transposed.
+    """
+    return by_device(jnp.dot, product_of_rows, x, kernel)
+
+
+def product_of_rows(x, kernel):
+    return jnp.dot(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1)
+
+
+def dense_product(x: jax.Array, kernel: jax.Array, dimensions, precision=None) -> jax.Array:
+    """`product` as `flax.linen.Dense` calls it, always over the last axis of `x`."""
+    del dimensions, precision
+    return product(x, kernel)
+
+
 def widening_convolution(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype) -> jax.Array:
     """Grouped 3 x 3 convolution of stride 2, padded by 1; each input channel makes `features / C` outputs.
 
@@ -74,6 +103,74 @@ def widening_convolution_tpu(x, kernel, bias, dtype):
     group = jnp.arange(features) // (features // dim)
     kernel = jnp.where(group == jnp.arange(dim)[:, None], kernel, 0)  # [3, 3, C, features]
     return convolve(x, kernel, (2, 2), [(1, 1)] * 2) + bias
+
+
+def convolution(x: jax.Array, kernel: jax.Array, strides: tuple, pads: tuple) -> jax.Array:
+    """`[B, H, W, C]` and `[p, q, C, features]` -> `[B, h, w, features]`, padded or cut by `pads`.
+
+    The gradient of the kernel is one matrix product for each of its places: XLA on CPU takes a convolution with windows
+    as large as the map, on one core.
+    """
+    options = {"window_strides": tuple(strides), "padding": tuple(map(tuple, pads))}
+    cpu, default = (functools.partial(form, **options) for form in (convolution_of_places, convolve))
+    return jax.lax.platform_dependent(x, kernel, cpu=cpu, default=default)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def convolution_of_places(x, kernel, window_strides, padding):
+    return convolve(x, kernel, window_strides, padding)
+
+
+def _convolution_backward(strides, pads, stored, cotangent):
+    x, kernel = stored
+    _, backward = jax.vjp(lambda x: convolve(x, kernel, strides, pads), x)
+    (rows, columns), (_, h, w, features) = strides, cotangent.shape
+    padded = jax.lax.pad(x, jnp.zeros((), x.dtype), [(low, high, 0) for low, high in ((0, 0), *pads, (0, 0))])
+    of_rows = cotangent.reshape(-1, features)
+
+    def place(i, j):
+        window = padded[:, i : i + rows * (h - 1) + 1 : rows, j : j + columns * (w - 1) + 1 : columns]
+        return window.reshape(len(of_rows), -1).T @ of_rows
+
+    places = [place(i, j) for i in range(kernel.shape[0]) for j in range(kernel.shape[1])]
+    return *backward(cotangent), jnp.stack(places).reshape(kernel.shape)
+
+
+convolution_of_places.defvjp(
+    lambda x, kernel, *options: (convolve(x, kernel, *options), (x, kernel)), _convolution_backward
+)
+
+
+def depthwise_convolution(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype) -> jax.Array:
+    """Depthwise 3 x 3 convolution of stride 1, padded by 1.
+
+    Nine shifted products: on CPU they take a tenth of the convolution's time, which is computed channel by channel. On
+    a TPU the convolution is fast.
+
+    Args:
+      x: `[B, h, w, C]`.
+      kernel: `[3, 3, 1, C]`.
+      bias: `[C]`.
+
+    Returns:
+      `[B, h, w, C]` in `dtype`.
+    """
+    return by_device(depthwise_convolution_tpu, shifted_products, x, kernel, bias, dtype=dtype)
+
+
+def shifted_products(x, kernel, bias, dtype):
+    (_, h, w, _), wide = x.shape, at_least_float32(dtype)
+    x = jnp.pad(written(x.astype(dtype)), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    kernel, out = kernel.astype(dtype).astype(wide), bias.astype(dtype).astype(wide)
+    for i in range(3):
+        for j in range(3):
+            out = out + x[:, i : i + h, j : j + w] * kernel[i, j, 0]
+    return written(out.astype(dtype))
+
+
+def depthwise_convolution_tpu(x, kernel, bias, dtype):
+    x, kernel, bias = (array.astype(dtype) for array in (x, kernel, bias))
+    return convolve(x, kernel, (1, 1), [(1, 1)] * 2, feature_group_count=x.shape[-1]) + bias
 
 
 def reducing_convolution(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype) -> jax.Array:
@@ -137,7 +234,7 @@ def patch_matrix_product(x, kernel, bias, dtype):
     h, w = height // p, width // p
     x = x[:, : h * p, : w * p].reshape(b, h, p, w, p, c)
     x = x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h, w, p * p * c)
-    return x @ kernel.reshape(p * p * c, features) + bias
+    return product(x, kernel.reshape(p * p * c, features)) + bias
 
 
 def patch_convolution_tpu(x, kernel, bias, dtype):
@@ -163,7 +260,7 @@ def packed_linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, heads
 
 def packed_product(x, kernel, bias, heads, parts, dtype):
     x, kernel = x.astype(dtype), kernel.astype(dtype)
-    packed = jnp.dot(x, kernel) if bias is None else jnp.dot(x, kernel) + bias.astype(dtype)
+    packed = product(x, kernel) if bias is None else product(x, kernel) + bias.astype(dtype)
     return tuple(jnp.moveaxis(packed.reshape(*x.shape[:2], parts, heads, -1), 2, 0))
 
 
@@ -225,7 +322,7 @@ def split_norm_product(x, scale, shift, kernel, bias, split, dtype):
     variance = jnp.square(wide - mean).mean(-1, keepdims=True)
     x = (x - mean) * jax.lax.rsqrt(variance + 1e-5)
     x = (x * split_order(scale, window) + split_order(shift, window)).astype(dtype)
-    x = x @ split_order(kernel.astype(dtype), window)
+    x = product(x, split_order(kernel.astype(dtype), window))
     return x if bias is None else x + bias.astype(dtype)
 
 

@@ -15,9 +15,10 @@ from vitpyramid.models.initialisers import normal_init, torch_bias_init, torch_k
 def linear(features: int, dtype, name: str, use_bias: bool = True, torch_init_from: int | None = None) -> nn.Dense:
     """Dense layer: normal weights and zero bias, or PyTorch's default where `torch_init_from` gives the input width."""
     if torch_init_from is None:
-        return nn.Dense(features, use_bias, dtype, kernel_init=normal_init, name=name)
-    bias_init = torch_bias_init(torch_init_from)
-    return nn.Dense(features, use_bias, dtype, kernel_init=torch_kernel_init, bias_init=bias_init, name=name)
+        inits = {"kernel_init": normal_init}
+    else:
+        inits = {"kernel_init": torch_kernel_init, "bias_init": torch_bias_init(torch_init_from)}
+    return nn.Dense(features, use_bias, dtype, dot_general=forms.dense_product, name=name, **inits)
 
 
 class PackedLinear(nn.Module):

@@ -37,24 +37,29 @@ from vitpyramid.models.sharding import shard_batch
 from vitpyramid.models.stack import apply_blocks
 
 
-def convolution(features: int, kernel: int, stride: int, dtype, name: str, groups: int = 1, bias_fan_in: int = 0):
-    """Square convolution, padded by `(kernel - 1) // 2` on every side, with normal weights.
+class DepthwiseConv(nn.Module):
+    """Depthwise convolution, padded by half its odd `side`: of stride 1 and side 3, or of an even stride `side - 1`.
 
-    `bias_fan_in`: inputs of one output, from which PyTorch's initial biases follow; 0: no bias. Padding is explicit
-    because SAME puts none above and left of an even side at stride 2.
+    Parameters are those of the convolution: `kernel [side, side, 1, C]`, `bias [C]`.
     """
-    return nn.Conv(
-        features,
-        (kernel, kernel),
-        stride,
-        padding=(kernel - 1) // 2,
-        feature_group_count=groups,
-        use_bias=bias_fan_in > 0,
-        dtype=dtype,
-        kernel_init=normal_init,
-        bias_init=torch_bias_init(bias_fan_in) if bias_fan_in else None,
-        name=name,
-    )
+
+    side: int
+    stride: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, h, w, C]` -> `[B, ceil(h / stride), ceil(w / stride), C]`."""
+        c = x.shape[-1]
+        kernel = self.param("kernel", normal_init, (self.side, self.side, 1, c))
+        bias = self.param("bias", torch_bias_init(self.side**2), (c,))
+        form = forms.depthwise_convolution if self.stride == 1 else forms.reducing_convolution
+        return form(x, kernel, bias, self.dtype)
+
+    @nn.nowrap
+    def elementwise_macs(self, out: jax.Array) -> int:
+        """Multiply-accumulates of the convolution, for `tools.summary`, which cannot see them here."""
+        return self.side**2 * out.size
 
 
 class PixelAttention(nn.Module):
@@ -65,8 +70,7 @@ class PixelAttention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, h, w, C]` -> the same."""
-        c = x.shape[-1]
-        return x * nn.sigmoid(convolution(c, 3, 1, self.dtype, "pa_conv", groups=c, bias_fan_in=9)(x))
+        return x * nn.sigmoid(DepthwiseConv(3, 1, self.dtype, name="pa_conv")(x))
 
 
 class StemConv(nn.Module):
@@ -129,32 +133,18 @@ class PatchEmbed(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, h, w, C]` -> `[B, ceil(h / 2), ceil(w / 2), dim]`."""
-        x = convolution(self.dim, 3, 2, self.dtype, "conv", bias_fan_in=9 * x.shape[-1])(x)
+        x = nn.Conv(
+            self.dim,
+            (3, 3),
+            2,
+            padding=1,  # SAME puts none above and left of an even side
+            dtype=self.dtype,
+            kernel_init=normal_init,
+            bias_init=torch_bias_init(9 * x.shape[-1]),
+            name="conv",
+        )(x)
         x = BatchNorm(self.train, self.dtype, name="norm")(x)
         return PixelAttention(self.dtype, name="pos")(x)
-
-
-class ReduceConv(nn.Module):
-    """Depthwise convolution, kernel `sr_ratio + 1`, stride `sr_ratio`, padding `sr_ratio // 2`; `sr_ratio` is even.
-
-    Parameters are those of the convolution: `kernel [sr + 1, sr + 1, 1, C]`, `bias [C]`.
-    """
-
-    sr_ratio: int
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[B, h, w, C]` -> `[B, ceil(h / sr), ceil(w / sr), C]`."""
-        sr, c = self.sr_ratio, x.shape[-1]
-        kernel = self.param("kernel", normal_init, (sr + 1, sr + 1, 1, c))
-        bias = self.param("bias", torch_bias_init((sr + 1) ** 2), (c,))
-        return forms.reducing_convolution(x, kernel, bias, self.dtype)
-
-    @nn.nowrap
-    def elementwise_macs(self, out: jax.Array) -> int:
-        """Multiply-accumulates of the convolution, for `tools.summary`, which cannot see them here."""
-        return (self.sr_ratio + 1) ** 2 * out.size
 
 
 class HeadMixing(nn.Module):
@@ -186,7 +176,7 @@ class EfficientAttention(nn.Module):
         source = x
         if self.sr_ratio > 1:
             source = x.reshape(b, *self.grid, dim)
-            source = ReduceConv(self.sr_ratio, self.dtype, name="sr")(source)
+            source = DepthwiseConv(self.sr_ratio + 1, self.sr_ratio, self.dtype, name="sr")(source)
             source = LayerNorm(1e-5, self.dtype, name="sr_norm")(source.reshape(b, -1, dim))
         key, value = PackedLinear(2, self.heads, self.dtype, name="kv")(source)
         attention = functools.partial(attend, self) if self.heads == 1 else self.attend_mixed

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitpyramid.models.forms import at_least_float32, by_device, convolve
+from vitpyramid.models.forms import at_least_float32, by_device, convolution
 from vitpyramid.models.token_forms import scaled_logits
 
 Arrays = tuple[jax.Array, ...]
@@ -204,7 +204,7 @@ def folded_convolution(x: jax.Array, kernel: jax.Array, stride: int, grid: Grid,
         folds = [cells[0].fold * cells[1].fold for cells in (grid, out_grid)]
         shape = (len(rows), len(columns), *folds, *channels)
         kernel = kernel.reshape(shape).swapaxes(3, 4).reshape(*shape[:2], x.shape[-1], -1)
-    return convolve(x, kernel.astype(x.dtype), strides, pads)
+    return convolution(x, kernel.astype(x.dtype), strides, pads)
 
 
 def mixed_weights(query, key, mixing, bias) -> jax.Array:

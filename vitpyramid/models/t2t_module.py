@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from vitpyramid.models import forms, token_forms
 from vitpyramid.models.attention import attend
+from vitpyramid.models.forms import written
 from vitpyramid.models.layers import (
     LayerNorm,
     Mlp,
@@ -86,9 +87,7 @@ class SplitProject(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         kernel = kernel.reshape(dim, window, window, -1).transpose(1, 2, 0, 3)  # [ky, kx, c, features]
-        return bias + jax.lax.conv_general_dilated(
-            x, kernel, (stride, stride), [(padding, padding)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
+        return bias + forms.convolution(x, kernel, (stride, stride), [(padding, padding)] * 2)
 
 
 def performer_attention(query: jax.Array, key: jax.Array, value: jax.Array, w: jax.Array) -> jax.Array:
@@ -161,11 +160,11 @@ class TokenPerformer(nn.Module):
         if self.is_mutable_collection("intermediates"):
             self.sow("intermediates", "kernel_attention", performer_weights(query, key, w))
         y = performer_attention(query, key, value, w).astype(self.dtype)
-        y = linear(TOKEN_DIM, self.dtype, "proj")(y)
+        y = written(linear(TOKEN_DIM, self.dtype, "proj")(y))
         x = value + nn.Dropout(self.drop_rate, deterministic=False)(y)
         y = LayerNorm(1e-5, self.dtype, name="norm2")(x)
         y = token_forms.gelu(linear(TOKEN_DIM, self.dtype, "mlp_0")(y))
-        y = linear(TOKEN_DIM, self.dtype, "mlp_2")(y)
+        y = written(linear(TOKEN_DIM, self.dtype, "mlp_2")(y))
         return x + nn.Dropout(self.drop_rate, deterministic=False)(y)
 
     @nn.nowrap

@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from vitpyramid.models.forms import at_least_float32, by_device
+from vitpyramid.models.forms import at_least_float32, by_device, written
 
 
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, dtype) -> jax.Array:
@@ -29,19 +29,24 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, 
     return by_device(tpu, layer_norm_two_passes, x, scale, bias, epsilon=epsilon, dtype=dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def layer_norm_two_passes(x, scale, bias, epsilon, dtype):
+    return _normed_by_two(x, scale, bias, epsilon, dtype)[0]
+
+
+def _normed_by_two(x, scale, bias, epsilon, dtype):
     wide = x.astype(at_least_float32(x.dtype))
     mean = wide.mean(-1, keepdims=True)
-    variance = jnp.square(wide - mean).mean(-1, keepdims=True)
-    return ((wide - mean) * (jax.lax.rsqrt(variance + epsilon) * scale) + bias).astype(dtype)
+    rate = jax.lax.rsqrt(jnp.square(wide - mean).mean(-1, keepdims=True) + epsilon)
+    return ((wide - mean) * (rate * scale) + bias).astype(dtype), (x, scale, mean, rate)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def layer_norm_one_pass(x, scale, bias, epsilon, dtype):
-    return _normed(x, scale, bias, epsilon, dtype)[0]
+    return _normed_by_one(x, scale, bias, epsilon, dtype)[0]
 
 
-def _normed(x, scale, bias, epsilon, dtype):
+def _normed_by_one(x, scale, bias, epsilon, dtype):
     wide = x.astype(at_least_float32(x.dtype))
     mean = wide.mean(-1, keepdims=True)
     variance = jnp.maximum(jnp.square(wide).mean(-1, keepdims=True) - jnp.square(mean), 0)
@@ -60,7 +65,8 @@ def _normed_backward(epsilon, dtype, stored, cotangent):
     return of_x.astype(x.dtype), of_scale.astype(scale.dtype), of_bias.astype(scale.dtype)
 
 
-layer_norm_one_pass.defvjp(_normed, _normed_backward)
+layer_norm_two_passes.defvjp(_normed_by_two, _normed_backward)
+layer_norm_one_pass.defvjp(_normed_by_one, _normed_backward)
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -70,11 +76,30 @@ def gelu(x: jax.Array) -> jax.Array:
     backward pass, which is then one product. By itself the compiler takes `erfc`, three times as many operations, and
     keeps it beside `x`: both are read where one would do. The form has few digits left below -5, where GELU is 1e-6.
     """
-    return by_device(gelu_with_slope if x.dtype == jnp.bfloat16 else gelu_erfc, gelu_erfc, x)
+    return by_device(gelu_with_slope if x.dtype == jnp.bfloat16 else gelu_erf, gelu_erf, x)
 
 
-def gelu_erfc(x):
-    return jax.nn.gelu(x, approximate=False)
+@jax.custom_vjp
+def gelu_erf(x):
+    # `jax.nn.gelu` takes `erfc`, whose two polynomials cost a CPU as much as a quarter of the products around it.
+    wide = x.astype(at_least_float32(x.dtype))
+    return (wide * _share(wide)).astype(x.dtype)
+
+
+def _share(x):
+    return 0.5 + 0.5 * jax.lax.erf(x * 0.5**0.5)
+
+
+def _slope(x):
+    return _share(x) + x * jnp.exp(-0.5 * jnp.square(x)) * (2 * jnp.pi) ** -0.5
+
+
+def _gelu_erf_backward(x, cotangent):
+    wide = written(x).astype(at_least_float32(x.dtype))  # or `erf` would be stored beside `x`
+    return (written((cotangent * _slope(wide)).astype(x.dtype)),)
+
+
+gelu_erf.defvjp(lambda x: (gelu_erf(x), x), _gelu_erf_backward)
 
 
 @jax.custom_vjp
@@ -84,10 +109,8 @@ def gelu_with_slope(x):
 
 def _value_and_slope(x):
     wide = x.astype(at_least_float32(x.dtype))
-    share = 0.5 + 0.5 * jax.lax.erf(wide * 0.5**0.5)
-    slope = share + wide * jnp.exp(-0.5 * jnp.square(wide)) * (2 * jnp.pi) ** -0.5
     # Without the barrier the slope is computed in the backward pass, from `x`.
-    return jax.lax.optimization_barrier(((wide * share).astype(x.dtype), slope.astype(x.dtype)))
+    return jax.lax.optimization_barrier(((wide * _share(wide)).astype(x.dtype), _slope(wide).astype(x.dtype)))
 
 
 gelu_with_slope.defvjp(_value_and_slope, lambda slope, cotangent: (cotangent * slope,))
@@ -96,9 +119,10 @@ gelu_with_slope.defvjp(_value_and_slope, lambda slope, cotangent: (cotangent * s
 def attention(query: jax.Array, key: jax.Array, value: jax.Array, scale: float) -> jax.Array:
     """`softmax(scale * query key^T) value` for each head, the softmax in at least float32.
 
-    A TPU spends most of it on moving weights `[N, M]`, not on products. Its form keeps them for the backward pass once,
-    in the dtype of `value` in which they were multiplied, and takes the sums that the softmax's gradient needs over
-    `d` instead of over keys.
+    The backward pass computes the weights `[N, M]` again: on a CPU to store them takes longer. What is divided by their
+    sums has `d` columns, not `M`. A TPU spends most of it on moving weights, not on products. Its form keeps them for
+    the backward pass once, in the dtype of `value` in which they were multiplied, and takes the sums that the softmax's
+    gradient needs over `d` instead of over keys.
 
     Args:
       query: `[B, N, heads, d]`.
@@ -107,7 +131,7 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, scale: float) 
     Returns:
       `[B, N, heads, d]` in the dtype of `value`.
     """
-    return by_device(attention_tpu, attention_products, query, key, value, scale=scale)
+    return by_device(attention_tpu, attention_in_pieces, query, key, value, scale=scale)
 
 
 def attention_weights(query: jax.Array, key: jax.Array, scale: float) -> jax.Array:
@@ -120,9 +144,58 @@ def scaled_logits(query, key, scale) -> jax.Array:
     return jnp.einsum("bnhd,bmhd->bhnm", query, key, preferred_element_type=at_least_float32(query.dtype)) * scale
 
 
+def attention_in_pieces(query, key, value, scale, entries=2**22):
+    """`attention_products` of up to eight pieces of the queries, for maps of more than `entries`.
+
+    XLA on CPU writes several arrays of a map's size. Above 32 MiB each is memory new from the system, and to get that
+    takes longer than to fill it.
+    """
+    (b, n, heads, _), m = query.shape, key.shape[1]
+    rows = -(-n // min(8, -(-b * heads * n * m // entries)))
+    pieces = [attention_products(query[:, i : i + rows], key, value, scale) for i in range(0, n, rows)]
+    return jnp.concatenate(pieces, axis=1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def attention_products(query, key, value, scale):
-    weights = attention_weights(query, key, scale)
-    return jnp.einsum("bhnm,bmhd->bnhd", weights.astype(value.dtype), value)
+    return _attended_by_heads(query, key, value, scale)[0]
+
+
+def _attended_by_heads(query, key, value, scale):
+    query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))  # [B, heads, N, d]
+    logits = _head_logits(query, key, scale)
+    largest = logits.max(-1, keepdims=True)
+    powers = jnp.exp(logits - largest)
+    total = powers.sum(-1, keepdims=True)
+    out = jnp.einsum("bhnm,bhmd->bhnd", powers.astype(value.dtype), value, preferred_element_type=logits.dtype)
+    out = (out / total).astype(value.dtype)
+    return out.swapaxes(1, 2), (query, key, value, out, largest, total)
+
+
+def _head_logits(query, key, scale):
+    wide = at_least_float32(query.dtype)
+    if query.dtype == wide:  # XLA on CPU would write a whole map of `scale` to multiply the logits by
+        return jnp.einsum("bhnd,bhmd->bhnm", query * scale, key)
+    return jnp.einsum("bhnd,bhmd->bhnm", query, key, preferred_element_type=wide) * scale
+
+
+def _attended_by_heads_backward(scale, stored, cotangent):
+    query, key, value, out, largest, total = stored
+    wide, dtype = total.dtype, value.dtype
+    cotangent = cotangent.swapaxes(1, 2).astype(wide) / total
+    level = (cotangent * out).sum(-1, keepdims=True)
+    cotangent = cotangent.astype(dtype)
+    powers = jnp.exp(_head_logits(query, key, scale) - largest)
+    of_logits = powers * (jnp.einsum("bhnd,bhmd->bhnm", cotangent, value, preferred_element_type=wide) - level)
+    of_logits = of_logits.astype(dtype)
+    of_query = jnp.einsum("bhnm,bhmd->bhnd", of_logits, key) * scale
+    # The transposed operand is the small one.
+    of_key = jnp.einsum("bhdn,bhnm->bhdm", query.swapaxes(2, 3) * scale, of_logits)
+    of_value = jnp.einsum("bhdn,bhnm->bhdm", cotangent.swapaxes(2, 3), powers.astype(dtype))
+    return of_query.swapaxes(1, 2), of_key.transpose(0, 3, 1, 2), of_value.transpose(0, 3, 1, 2)
+
+
+attention_products.defvjp(_attended_by_heads, _attended_by_heads_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
