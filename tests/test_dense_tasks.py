@@ -181,7 +181,7 @@ def test_from_a_classifier(tmp_path, caplog, monkeypatch):
     with caplog.at_level(logging.INFO, logger="vitpyramid"):
         assert task.initial() == {"params": {}}
     ((model, weights, seed),) = given
-    assert (model, seed, weights["params"]["pos_embed1"].shape) == (task.model, 1, (1, 16 * 16, 32))
+    assert (model, seed, weights["params"]["pos_embed1"].shape) == (task.model, 1, (1, 24 * 24, 32))
     assert [record.getMessage() for record in caplog.records][1:] == [
         "init: retinanet_pvt_micro has no place for backbone/head/kernel",
         "init: retinanet_pvt_micro begins anew with neck",
@@ -204,7 +204,7 @@ def test_from_a_whole_network(monkeypatch):
     monkeypatch.setattr(dense, "load_pretrained", load_pretrained)
     config = tiny("detect", **{"init": "whole", "model.backbone": "pit_micro", "data.image_size": 96})
     assert make_task(config).initial() == {"params": {"neck": 1}}
-    wanted = {"num_classes": 10, "image_size": 64, "seed": 1, "backbone": "pit_micro"}
+    wanted = {"num_classes": 10, "image_size": 96, "seed": 1, "backbone": "pit_micro"}
     assert asked == [("whole", "retinanet_pvt_micro", wanted)]
     config.init = "unfit"
     with pytest.raises(ConfigError) as error:
