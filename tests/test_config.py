@@ -27,6 +27,7 @@ SHIPPED = [
     *(("deit", (text,)) for text in ("tiny", "small,setting=distill")),
     ("detect", ("retinanet_rest_small",)),
     ("segment", ("semantic_fpn_pvt_tiny",)),
+    ("detr", ("deformable_detr_two_stage_pit_s",)),
 ]
 
 

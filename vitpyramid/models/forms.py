@@ -56,7 +56,7 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def product_of_rows(x, kernel):
-    return jnp.dot(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1)
+    return jnp.dot(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def dense_product(x: jax.Array, kernel: jax.Array, dimensions, precision=None) -> jax.Array:

@@ -151,7 +151,8 @@ def attention_in_pieces(query, key, value, scale, entries=2**22):
     takes longer than to fill it.
     """
     (b, n, heads, _), m = query.shape, key.shape[1]
-    rows = -(-n // min(8, -(-b * heads * n * m // entries)))
+    images = b if isinstance(b, int) else 1  # their number may be left open, for export
+    rows = -(-n // min(8, -(-images * heads * n * m // entries)))
     pieces = [attention_products(query[:, i : i + rows], key, value, scale) for i in range(0, n, rows)]
     return jnp.concatenate(pieces, axis=1)
 

@@ -43,7 +43,7 @@ def without_platforms(jaxpr):
         if platforms is None:
             equations.append(equation)
             continue
-        form = equation.params["branches"][platforms.index(None)].jaxpr
+        form = without_platforms(equation.params["branches"][platforms.index(None)].jaxpr)
         inner, names = dict(zip(form.invars, equation.invars[1:], strict=True)), equation.source_info.name_stack
         for step in form.eqns:
             inputs = renamed(step.invars, inner)
