@@ -43,14 +43,19 @@ def sine_positions(padding: jax.Array, channels: int, dtype=jnp.float32, offset:
     Returns:
       `[B, h, w, channels]` in `dtype`.
     """
-    wavelengths = 10000.0 ** (2 * np.arange(channels // 4) / (channels // 2))
     parts = []
     for axis in (1, 2):
         count = jnp.cumsum(~padding, axis=axis, dtype=dtype)
         last = jax.lax.slice_in_dim(count, -1, None, axis=axis)
-        angle = ((count + offset) / (last + 1e-6) * (2 * math.pi))[..., None] / jnp.asarray(wavelengths, dtype)
-        parts.append(jnp.stack([jnp.sin(angle), jnp.cos(angle)], axis=-1).reshape(*padding.shape, -1))
+        parts.append(sines((count + offset) / (last + 1e-6) * (2 * math.pi), channels // 2))
     return jnp.concatenate(parts, axis=-1)
+
+
+def sines(angle: jax.Array, channels: int) -> jax.Array:
+    """Sines and cosines in turns, of an angle over wavelengths from 1 to 10,000: `[...]` -> `[..., channels]`."""
+    wavelengths = 10000.0 ** (2 * np.arange(channels // 2) / channels)
+    turns = angle[..., None] / jnp.asarray(wavelengths, angle.dtype)
+    return jnp.stack([jnp.sin(turns), jnp.cos(turns)], axis=-1).reshape(*angle.shape, -1)
 
 
 def dense(x: jax.Array, features: int, dtype, name: str) -> jax.Array:
