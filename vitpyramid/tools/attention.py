@@ -33,8 +33,7 @@ from vitpyramid.heads.registry import DENSE
 from vitpyramid.tools import chart, dense, queries
 from vitpyramid.tools.arguments import add_images, add_picture, add_weights, run
 from vitpyramid.tools.classes import names_of
-from vitpyramid.tools.network import Network, classifier, read_images
-from vitpyramid.tools.predict import find_images
+from vitpyramid.tools.network import Network, classifier, read_each, read_images
 from vitpyramid.tools.preprocess import open_image
 from vitpyramid.tools.preview import sheet, stack
 from vitpyramid.weights.pretrained import read_pretrained
@@ -142,11 +141,8 @@ def queries_command(args: argparse.Namespace, described: dict, variables: dict) 
     if layer not in known or args.point:
         raise ValueError(f"--layer={layer}, --point={args.point}: expected one of {', '.join(known)}, and no point")
     names = names_of(args.checkpoint, described["num_classes"], described["name"])
-    paths, report = list(find_images(args.images)[0]), []
-    for path in paths:
-        if isinstance(image := open_image(path), str):
-            print(f"skipped {path}: {image}", file=sys.stderr)
-            continue
+    report = []
+    for path, image in read_each(args.images, open_image).items():
         rows, found = queries.object_queries(task, variables, image, layer)
         canvas = rows["image"].shape[1:3]
         if not report:
@@ -154,8 +150,6 @@ def queries_command(args: argparse.Namespace, described: dict, variables: dict) 
             page = queries.picture(title, rows["image"][0], rows["size"][0], found, names)
         listed = [queries.as_dict(query, canvas, names) for query in found]
         report.append({"image": str(path), "size": rows["size"][0].tolist(), "queries": listed})
-    if not report:
-        raise ValueError(f"{', '.join(args.images)}: no image could be read")
     page.save(args.out, "png")
     whole = {"model": described["name"], "layer": layer, "images": report}
     args.out.with_suffix(".json").write_text(json.dumps(whole, indent=1))

@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from vitpyramid.data.augment import decode
 from vitpyramid.evals import imagenet
-from vitpyramid.tasks.prepare import normalise
 from vitpyramid.tools.arguments import at_least, run
 from vitpyramid.tools.network import open_network
 
@@ -102,13 +101,13 @@ def command(args: argparse.Namespace) -> None:
 
     backgrounds = np.stack([pixels(file) for file in tqdm(behind, unit=" backgrounds")])
     network = open_network(args.checkpoint, args.model, (height, width))
-    variant, classes = network.variant, network.model.num_classes
+    classes = network.model.num_classes
     groups = imagenet.read_groups(args.groups, classes) if args.groups else np.arange(classes)
 
     @jax.jit
     def predict(variables: dict, images: jax.Array) -> jax.Array:
-        x = normalise(images, variant.mean, variant.std, network.model.dtype)
-        return jnp.asarray(groups)[jnp.argmax(network.model.apply(variables, x), axis=-1)]
+        logits = network.model.apply(variables, network.inputs(images))
+        return jnp.asarray(groups)[jnp.argmax(logits, axis=-1)]
 
     cut = [
         (lambda mask=mask, image=image: (pixels(image), read_mask(mask, (height, width))), group)

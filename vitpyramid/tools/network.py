@@ -1,9 +1,11 @@
 """A network with its weights, and the images that it is looked at with: what several tools begin with."""
 
 import dataclasses
+import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -15,6 +17,8 @@ from vitpyramid.tasks.prepare import normalise
 from vitpyramid.tools.predict import find_images
 from vitpyramid.tools.preprocess import evaluation_of, read_image
 from vitpyramid.weights.pretrained import read_pretrained
+
+Image = TypeVar("Image")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +69,22 @@ def read_images(network: Network, names: list[str]) -> tuple[list[Path], np.ndar
     Raises:
       ValueError: none can be read.
     """
+    images = read_each(names, functools.partial(read_image, size=network.size, variant=network.variant))
+    return list(images), np.stack(list(images.values()))
+
+
+def read_each(names: list[str], read: Callable[[Path], Image | str]) -> dict[Path, Image]:
+    """What `read` makes of the images of files and folders, by path; those of which it says why not go to stderr.
+
+    Raises:
+      ValueError: none can be read.
+    """
     paths, problems = find_images(names)
-    images = {path: read_image(path, network.size, network.variant) for path in paths}
+    images = {path: read(path) for path in paths}
     problems |= {path: found for path, found in images.items() if isinstance(found, str)}
     for path, problem in problems.items():
         print(f"skipped {path}: {problem}", file=sys.stderr)
-    readable = [path for path in images if path not in problems]
+    readable = {path: image for path, image in images.items() if path not in problems}
     if not readable:
         raise ValueError(f"{', '.join(names)}: no image could be read")
-    return readable, np.stack([images[path] for path in readable])
+    return readable
