@@ -89,19 +89,21 @@ def _scenes(entry: str) -> ConfigDict:
 
     config.eval.batch_size = 40
     config.eval.every_epochs = config.checkpoint.every_epochs = 2.0
-    return {"detr": _detr, "deformable_detr": _deformable_detr}.get(entry, lambda config: config)(config)
+    if entry == "detr":
+        _detr(config)
+    if entry == "deformable_detr":
+        _deformable_detr(config)
+    return config
 
 
-def _detr(config: ConfigDict) -> ConfigDict:
+def _detr(config: ConfigDict) -> None:
     """DETR learns slowly: more epochs of larger batches."""
     config.batch_size, config.epochs = 16, 30.0
     config.optim.lr, config.optim.weight_decay, config.optim.clip_norm = 6e-4, 1e-4, 0.1
     config.schedule.warmup_epochs = 1.0
     config.eval.every_epochs = config.checkpoint.every_epochs = 5.0
-    return config
 
 
-def _deformable_detr(config: ConfigDict) -> ConfigDict:
+def _deformable_detr(config: ConfigDict) -> None:
     config.optim.lr, config.schedule.warmup_epochs = 6e-4, 0.1
     config.eval.every_epochs = config.checkpoint.every_epochs = 1.0
-    return config
