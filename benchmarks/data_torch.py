@@ -9,7 +9,6 @@ that a busy machine does not decide. Needs torch, torchvision, timm, scikit-imag
 """
 
 import argparse
-import contextlib
 import io
 import time
 
@@ -17,6 +16,7 @@ import numpy as np
 import psutil
 import skimage.data
 import torch
+import torchvision_operators
 from PIL import Image
 
 from configs import base
@@ -57,11 +57,7 @@ def photos(quality: int, count: int = 16) -> tuple[bytes, ...]:
 
 def timm_transform(policy: str | None):
     """timm's training transform that ends in uint8; Pillow 13 refuses to keep 0 bits, so 1 is kept."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    differentiable = ("roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "deform_conv2d")
-    for name in ("nms", "qnms", *differentiable, *(f"_{name}_backward" for name in differentiable)):
-        with contextlib.suppress(RuntimeError):  # torchvision's compiled operators, none of which is needed
-            library.define(f"{name}(Tensor x) -> Tensor")
+    torchvision_operators.declare()  # none is needed
     from timm.data import auto_augment, create_transform
 
     posterize = auto_augment.posterize

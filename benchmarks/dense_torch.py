@@ -14,13 +14,13 @@ import argparse
 import collections
 import functools
 import os
-import time
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+import turns
 from torchvision.models.detection import _utils as matching
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNetHead, _default_anchorgen
@@ -159,20 +159,7 @@ def main():
     }
     for found, expected in zip(sides["jax"]["forward"](), sides["torch"]["forward"](), strict=True):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
-
-    for kind in ("forward", "step"):
-        seconds = {side: [] for side in sides}
-        for _ in range(args.repeats + 1):
-            for side, functions in sides.items():
-                start = time.perf_counter()
-                functions[kind]()
-                seconds[side].append(time.perf_counter() - start)
-        ours, theirs = (np.array(seconds[side][1:]) for side in sides)
-        print(
-            f"{args.size} batch {args.batch} {kind:8s} jax {np.median(ours):.3f} s, torch {np.median(theirs):.3f} s, "
-            f"torch / jax {np.median(theirs / ours):.2f}",
-            flush=True,
-        )
+    turns.compare(f"{args.size} batch {args.batch}", sides, args.repeats)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import argparse
 import functools
 import os
 import re
-import time
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +21,7 @@ import timm
 import torch
 import torch_models
 import transformers
+import turns
 
 from vitpyramid import create_model
 from vitpyramid.weights.names import flax_to_torch
@@ -124,21 +124,7 @@ def main():
         logits, expected = np.asarray(ours["forward"]()), theirs["forward"]()
         # ResT's instance norm enlarges the rounding of float32: to 1e-4 of the largest logit (4e-12 in float64).
         np.testing.assert_allclose(logits, expected, rtol=0, atol=5e-4 * np.abs(expected).max())
-    sides = {"jax": ours, "torch": theirs}
-
-    for kind in ("forward", "step"):
-        seconds = {side: [] for side in sides}
-        for _ in range(args.repeats + 1):
-            for side, functions in sides.items():
-                start = time.perf_counter()
-                functions[kind]()
-                seconds[side].append(time.perf_counter() - start)
-        ours, theirs = (np.array(seconds[side][1:]) for side in sides)
-        ratio = np.median(theirs / ours)
-        print(
-            f"{args.model} {model.image_size} batch {args.batch} {kind:8s}"
-            f" jax {np.median(ours):.3f} s, torch {np.median(theirs):.3f} s, torch / jax {ratio:.2f}"
-        )
+    turns.compare(f"{args.model} {model.image_size} batch {args.batch}", {"jax": ours, "torch": theirs}, args.repeats)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ the final norm; `pooled`, `(2, tokens, C)`, class and distillation token after i
 of both heads'.
 """
 
-import contextlib
 import json
 import pathlib
 import sys
@@ -21,7 +20,9 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 FOLDER = pathlib.Path(__file__).parent
-sys.path.insert(0, str(FOLDER.parent))
+sys.path[:0] = [str(FOLDER.parent), str(FOLDER.parents[1] / "benchmarks")]
+
+import torchvision_operators  # noqa: E402
 
 import golden  # noqa: E402
 
@@ -33,15 +34,10 @@ SEED, LABELS = 0, [3, 7]
 
 def import_timm():
     """timm, also where torchvision has none of its compiled operators (none is needed here)."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    differentiable = ("roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "deform_conv2d")
-    for name in ("nms", "qnms", *differentiable, *(f"_{name}_backward" for name in differentiable)):
-        with contextlib.suppress(RuntimeError):  # it is there already
-            library.define(f"{name}(Tensor x) -> Tensor")
+    torchvision_operators.declare()
     import timm
 
     timm.layers.set_fused_attn(False)
-    timm.keep = library  # operators go away with their library
     return timm
 
 

@@ -7,7 +7,6 @@ from the rule in `tests/dense_golden.py`. In the meta `spec` has the names of th
 saved file.
 """
 
-import contextlib
 import json
 import pathlib
 import sys
@@ -16,9 +15,12 @@ import tempfile
 import numpy as np
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+TESTS = pathlib.Path(__file__).parent.parent
+sys.path[:0] = [str(TESTS), str(TESTS.parent / "benchmarks")]
 
-import dense_golden
+import torchvision_operators  # noqa: E402
+
+import dense_golden  # noqa: E402
 
 META = {
     "kind": "detr",
@@ -39,14 +41,9 @@ META = {
 
 def import_transformers():
     """transformers, also where torchvision has none of its compiled operators (none is needed here)."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    differentiable = ("roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "deform_conv2d")
-    for name in ("nms", "qnms", *differentiable, *(f"_{name}_backward" for name in differentiable)):
-        with contextlib.suppress(RuntimeError):  # it is there already
-            library.define(f"{name}(Tensor x) -> Tensor")
+    torchvision_operators.declare()
     import transformers
 
-    transformers.keep = library  # operators go away with their library
     return transformers
 
 
