@@ -60,8 +60,13 @@ def _own(config: ConfigDict, model: DenseNetwork, open_split: Callable[[bool], A
         "words": words,
         "files": lambda metrics: metrics["found"].files(),
         "best": BEST,
-        "about": lambda: {"classes": list(open_split(True).categories)},
+        "about": lambda: about(open_split(True)),
     }
+
+
+def about(source: Annotated) -> dict[str, list]:
+    """Names of classes by label, and their ids in results: COCO's, or those of one's own JSON."""
+    return {"classes": list(source.categories), "category_ids": list(source.category_ids)}
 
 
 def call(network: DenseNetwork, x: View, train: bool = False) -> dict[str, jax.Array] | Detections:
