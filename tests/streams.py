@@ -25,9 +25,9 @@ class Memory(SimpleNamespace):
         return f"record {index}"
 
 
-def encoded(image, file_format="png"):
+def encoded(image, file_format="png", **options):
     buffer = io.BytesIO()
-    image.save(buffer, file_format)
+    image.save(buffer, file_format, **options)
     return buffer.getvalue()
 
 

@@ -45,14 +45,18 @@ class Given(Backbone, kw_only=True):
         return (Level(jnp.zeros((len(images), 2, 2, *self.dims)), 32),)
 
 
-def network(meta: dict, below: Backbone, **options) -> DETR:
+def network(meta: dict, below: Backbone | None = None, **options) -> DETR:
+    """That of a file; on a map that is given, unless there is a backbone `below`."""
     fields = {
         "channels": "hidden",
         "ffn_channels": "ffn",
         "encoder_layers": "enc_layers",
         "decoder_layers": "dec_layers",
+        "heads": "detr_heads" if below else "heads",
+        "queries": "num_query" if below else "num_queries",
     }
     options |= {field: meta[name] for field, name in fields.items()}
+    below = below or Given(dims=(meta["feature_channels"],))
     return create_model("detr_pvt_small", backbone=below, num_classes=meta["num_classes"], dtype=jnp.float64, **options)
 
 
@@ -86,9 +90,7 @@ def check_gradients(golden, model, gradients, weights):
 def test_mmdetection():
     golden = DenseGolden("detr_mmdet_pvt")
     meta, weights = golden.meta, golden.state_dict()
-    model = network(
-        meta, backbone(meta), heads=meta["detr_heads"], queries=meta["num_query"], most_detections=meta["max_per_img"]
-    )
+    model = network(meta, backbone(meta), most_detections=meta["max_per_img"])
     variables = wide(from_state_dict(model, weights))
     images, sizes, targets = canvas(golden), np.array(meta["img_shapes"]), padded_targets(golden, 7)
 
@@ -121,14 +123,7 @@ def test_mmdetection():
 def test_facebookresearch():
     golden = DenseGolden("detr_official")
     meta, weights = golden.meta, golden.state_dict()
-    model = network(
-        meta,
-        Given(dims=(meta["feature_channels"],)),
-        heads=meta["heads"],
-        queries=meta["num_queries"],
-        library="facebookresearch",
-        clip=False,
-    )
+    model = network(meta, library="facebookresearch", clip=False)
     sizes, padding = np.array(meta["img_shapes"]), positions_of(golden, meta["feature_map"])
     meta["gt_boxes"] = [
         np.asarray(from_centres(np.array(boxes) * [width, height, width, height]))
@@ -175,13 +170,7 @@ def test_huggingface():
     """Its names, in memory and in files, and what its code makes of them."""
     golden = DenseGolden("detr_huggingface")
     meta, weights = golden.meta, golden.state_dict()
-    model = network(
-        meta,
-        Given(dims=(meta["feature_channels"],)),
-        heads=meta["heads"],
-        queries=meta["num_queries"],
-        library="huggingface",
-    )
+    model = network(meta, library="huggingface")
     variables = from_state_dict(model, weights)
     back = to_state_dict(model, variables)
     assert sorted(back) == meta["files"]

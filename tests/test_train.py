@@ -117,11 +117,13 @@ def traced(config):
 def test_every_key_is_read(finished, data_dir):
     """And one that nobody reads is found: all configs have the same keys (validate), so these show the dead ones."""
     workdir, _, reads, _ = finished
-    schedules = {"detect": {"schedule.name": "step", "optim.decay_vectors": True}, "segment": {"schedule.name": "poly"}}
-    for entry, changes in schedules.items():
+    entries = {
+        "detect": {"schedule.name": "step", "optim.decay_vectors": True, "data.crop_short_side": (64,)},
+        "segment": {"schedule.name": "poly", "data.crop": True},
+    }
+    for entry, changes in entries.items():
         config = quickstart.get_config(entry)
-        crop = {"data.crop": True} if entry == "segment" else {}
-        config.update_from_flattened_dict({**changes, **crop, "data.train_split": "train[:80]", "eval.batch_size": 8})
+        config.update_from_flattened_dict({**changes, "data.train_split": "train[:80]", "eval.batch_size": 8})
         traced(Recording(config, reads=reads))
     for options in OPTIONS:
         config = tiny_config(data_dir, **options)
