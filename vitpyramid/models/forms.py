@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vitpyramid.models.derivatives import with_backward
+
 convolve = functools.partial(jax.lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
@@ -116,16 +118,15 @@ def convolution(x: jax.Array, kernel: jax.Array, strides: tuple, pads: tuple) ->
     return jax.lax.platform_dependent(x, kernel, cpu=cpu, default=default)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def convolution_of_places(x, kernel, window_strides, padding):
-    return convolve(x, kernel, window_strides, padding)
+def _convolution(x, kernel, window_strides, padding):
+    return convolve(x, kernel, window_strides, padding), (x, kernel)
 
 
-def _convolution_backward(strides, pads, stored, cotangent):
+def _convolution_backward(stored, cotangent, window_strides, padding):
     x, kernel = stored
-    _, backward = jax.vjp(lambda x: convolve(x, kernel, strides, pads), x)
-    (rows, columns), (_, h, w, features) = strides, cotangent.shape
-    padded = jax.lax.pad(x, jnp.zeros((), x.dtype), [(low, high, 0) for low, high in ((0, 0), *pads, (0, 0))])
+    _, backward = jax.vjp(lambda x: convolve(x, kernel, window_strides, padding), x)
+    (rows, columns), (_, h, w, features) = window_strides, cotangent.shape
+    padded = jax.lax.pad(x, jnp.zeros((), x.dtype), [(low, high, 0) for low, high in ((0, 0), *padding, (0, 0))])
     of_rows = cotangent.reshape(-1, features)
 
     def place(i, j):
@@ -136,9 +137,7 @@ def _convolution_backward(strides, pads, stored, cotangent):
     return *backward(cotangent), jnp.stack(places).reshape(kernel.shape)
 
 
-convolution_of_places.defvjp(
-    lambda x, kernel, *options: (convolve(x, kernel, *options), (x, kernel)), _convolution_backward
-)
+convolution_of_places = with_backward(_convolution, _convolution_backward)
 
 
 def depthwise_convolution(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype) -> jax.Array:
