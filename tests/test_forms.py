@@ -60,6 +60,14 @@ CASES = (
         for shape, patch in [((2, 9, 8, 3), 4), ((1, 4, 7, 5), 2)]
     }
     | {
+        f"overlapping patches {shape} / {patch}": (
+            lambda x, kernel, dtype, stride=stride: forms.convolve(x, kernel, (stride, stride), "VALID"),
+            lambda x, kernel, dtype, stride=stride: forms.product_of_cells(x, kernel, stride),
+            (shape, (patch, patch, shape[-1], 5)),
+        )
+        for shape, patch, stride in [((2, 11, 8, 3), 4, 2), ((1, 9, 10, 2), 6, 2)]
+    }
+    | {
         f"norm {shape}": (
             functools.partial(token_forms.layer_norm_one_pass, epsilon=1e-6),
             functools.partial(token_forms.layer_norm_two_passes, epsilon=1e-6),
