@@ -6,7 +6,6 @@ each bit costs one count over all numbers.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 _SORTED = 2**13  # so many are sorted at once
 _ROW = 128  # so many are counted at once
@@ -40,9 +39,7 @@ def places(mask: jax.Array, ranks: jax.Array) -> jax.Array:
     counts = jnp.cumsum(rows.sum(axis=1))
     row = (counts <= ranks[:, None]).sum(axis=1)  # that the place is in
     before = jnp.where(row > 0, counts[row - 1], 0)
-    # A product of zeros and ones is exact in any type.
-    within = rows[row].astype(jnp.float32) @ np.triu(np.ones((_ROW, _ROW), np.float32))
-    column = (within <= (ranks - before)[:, None]).sum(axis=1)
+    column = (jnp.cumsum(rows[row], axis=1) <= (ranks - before)[:, None]).sum(axis=1)
     return jnp.where(ranks < counts[-1], row * _ROW + column, n).astype(jnp.int32)
 
 
