@@ -54,6 +54,8 @@ def get_config() -> ConfigDict:
     data.short_side_range = False  # any whole number from the smallest to the largest of them
     data.long_side = 1333  # what the longer side may not exceed
     data.scale_range = (1.0, 1.0)  # of a random factor of both
+    data.crop_short_side = ()  # with boxes: half of the images become so short, a part is cut out and resized as above
+    data.crop_side = (384, 600)  # least and largest height and width of that part
     data.canvas = ((800, 1344), (1344, 800))  # (height, width) to pad images to; (): as many as there are sizes
     data.max_boxes = 100  # of an image that are learned; others are counted
     data.masks = False  # of every box are learned

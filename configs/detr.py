@@ -16,8 +16,10 @@ each. The authors' cross entropy is a mean over the queries of a GPU's two image
 Deformable DETR: its authors' settings, of fundamentalvision/Deformable-DETR `main.py`, with images half as large, as
 in PiT's paper; also `deformable_detr_pit_s` and `deformable_detr_refine_pit_s`, with learned queries, without and with
 refinement of boxes. Of the three, the one in two stages has the published number of parameters: 36.6 million, with 91
-classes. PiT's authors published no code of it; their batch and their drop path are not known. The originals of both
-detectors also crop half of the images at random, which is not done here.
+classes. PiT's authors published no code of it; their batch and their drop path are not known. Half of the images are
+cropped before they are resized, `data.crop_short_side`, as in the original code of both detectors, which PVT's settings
+leave out. Crops lie on the canvas of their image: those that are upright while the image is wide, or wide while it is
+upright, are resized to those of the sizes alone that fit on it (the original pads a batch to its largest image).
 """
 
 from ml_collections import ConfigDict
@@ -58,6 +60,7 @@ def _deformable(config: ConfigDict) -> None:
     data = config.data
     data.resize, data.interpolation = "detr", "bilinear"
     data.short_side, data.long_side, data.eval_short_side = tuple(range(240, 401, 16)), 666, 400
+    data.crop_short_side, data.crop_side = (200, 250, 300), (192, 300)
     data.canvas = data.eval_canvas = ((400, 672), (672, 400))
     config.optim.lr = 2e-4
     config.optim.lr_rules = (("^backbone/", 0.1), ("reference_points|sampling_offsets", 0.1), (".*", 1.0))

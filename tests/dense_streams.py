@@ -19,6 +19,7 @@ def dense_config(**keys):
     data |= {"resize": "mmdet", "short_side": (24, 32), "short_side_range": True, "long_side": 48}
     data |= {"scale_range": (1.0, 1.0), "canvas": ((32, 48), (48, 32)), "max_boxes": 3, "masks": True, "crop": False}
     data |= {"eval_short_side": 28, "eval_align": 1, "eval_canvas": ((32, 48), (48, 32)), "cat_max_ratio": 0.75}
+    data |= {"crop_short_side": (), "crop_side": (12, 30)}
     data |= {"photometric": False, "interpolation": "bilinear", "flip": 0.5}
     data |= {"threads": 2, "workers": 0, "on_corrupt": "error"}
     config = ConfigDict({"seed": 3, "batch_size": 4, "eval": {"batch_size": 4}, "data": data}, type_safe=False)

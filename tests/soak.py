@@ -23,6 +23,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from vitpyramid.configs import quickstart
 from vitpyramid.weights.intact import steps
 from vitpyramid.weights.store import open_checkpoints
 
@@ -38,6 +39,7 @@ CHANGES = {
     "schedule.cooldown_epochs": 0.0,
 }
 STEPS = 44
+SCENES = {"data.train_split": "train[:176]", "data.eval_split": "test[:40]"}  # as many steps
 
 
 class Run:
@@ -45,6 +47,7 @@ class Run:
 
     def __init__(self, workdir: Path, data_dir: Path, cache: Path, *args: str, family: str = "pvt"):
         changes = {**CHANGES, "data.data_dir": data_dir, "compile_cache": cache}
+        changes |= SCENES if family in quickstart.DENSE else {}
         command = [sys.executable, "main.py", f"--config=configs/quickstart.py:{family}", f"--workdir={workdir}"]
         command += [f"--config.{key}={value}" for key, value in changes.items()]
         flags = re.sub("--xla_force_host_platform_device_count=[0-9]+", "", os.environ.get("XLA_FLAGS", ""))
@@ -165,7 +168,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of the moments")
     args = parser.parse_args()
     print(f"seed {args.seed}")
-    kinds = [("pvt", 1), ("t2t_vit", 1), ("rest", 1), ("pvt", 2)]
+    kinds = [(family, 1) for family in ("pvt", "t2t_vit", "rest", "detect", "mask")] + [("pvt", 2), ("mask", 2)]
     share = -(-args.kills // len(kinds))
     rng, differ = np.random.default_rng(args.seed), 0
     with tempfile.TemporaryDirectory() as folder:

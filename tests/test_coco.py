@@ -9,6 +9,7 @@ import pytest
 from dense_streams import dense_config, write_coco
 from vitpyramid.data.annotated import open_annotated
 from vitpyramid.data.annotations import decode_mask, run_lengths
+from vitpyramid.tasks import detect
 
 SQUARE = [[10, 10, 20, 10, 20, 20, 10, 20]]
 
@@ -22,6 +23,7 @@ def test_labels_are_places_of_sorted_category_ids(tmp_path):
     content = write_coco(tmp_path, [{"segmentation": SQUARE}, {"category_id": 2, "image_id": 11}])
     source = opened(tmp_path, **{"data.masks": False})
     assert source.categories == ("dog", "cat") and source.category_ids == (2, 7) and source.ids == [10, 11]
+    assert detect.about(source) == {"classes": ["dog", "cat"], "category_ids": [2, 7]}
     np.testing.assert_array_equal(source.sizes(), [[40, 60], [60, 40]])
     assert source[0].labels.tolist() == [1] and source[1].labels.tolist() == [0]
     np.testing.assert_array_equal(source[0].boxes, [[5, 6, 15, 14]])

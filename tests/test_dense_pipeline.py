@@ -51,6 +51,31 @@ def test_boxes_and_masks_stay_on_the_object(interpolation):
     assert mirrored == {True, False}
 
 
+def test_a_part_of_half_of_the_images():
+    """Boxes and masks stay on what is left of the object; on more hosts and resumed it is the same stream."""
+    config = dense_config(**{"data.crop_short_side": (20, 24), "data.crop_side": (12, 20)})
+    source = rectangles(13)
+    batches, kinds = take(make_train(config, source), 24), []
+    for batch in batches:
+        assert {"boxes", "masks"} < batch.keys() and not batch["dropped"].any()
+        masks = np.unpackbits(batch["masks"], axis=-1)[:, 0].astype(bool)
+        for image, size, mask, box, valid in zip(
+            batch["image"], batch["size"], masks, batch["boxes"][:, 0], batch["valid"][:, 0], strict=True
+        ):
+            seen = image[: size[0], : size[1], 0]
+            assert seen.all() and not image[size[0] :].any() and not image[:, size[1] :].any()
+            bright = image[..., 0] > seen.min() + 100
+            assert np.mean(bright != mask) < 0.05 and valid >= mask.any()
+            if mask.any():
+                y, x = np.nonzero(mask)
+                np.testing.assert_allclose(box, [x.min(), y.min(), x.max() + 1, y.max() + 1], rtol=0, atol=1.6)
+            kinds.append((bool(valid), min(size) < 24, (size[0] < size[1]) == (image.shape[0] < image.shape[1])))
+    assert 4 < sum(not valid for valid, *_ in kinds) < 40
+    assert any(small for _, small, _ in kinds) and any(not same for *_, same in kinds)
+    assert_same(take(make_train(config, source, 7), 3), batches[7:10])
+    assert_same(side_by_side([take(make_train(config, source, 5, host, 2), 4) for host in range(2)]), batches[5:9])
+
+
 def test_each_example_comes_once_in_an_epoch_and_batches_have_one_canvas():
     batches = take(make_train(dense_config(), rectangles(40)), 40)
     shapes = [batch["image"].shape[1:3] for batch in batches]

@@ -3,21 +3,28 @@
 import dataclasses
 import json
 import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
 
+import soak
 from configs import base, quickstart
-from vitpyramid.evals import coco
 from vitpyramid.heads import registry, semantic_fpn
 from vitpyramid.tasks import dense, detect, make_task, segment
 from vitpyramid.train import loop
 from vitpyramid.train.config import ConfigError, validate
+from vitpyramid.weights import store
 from vitpyramid.weights.dense_start import Started
+from vitpyramid.weights.intact import newest_intact
 from vitpyramid.weights.names import model_shapes
 from vitpyramid.weights.store import write_weights
 
@@ -73,14 +80,6 @@ def test_canvases_are_zero_beyond_the_image():
     assert not images[1, 2:].any() and not images[1, :, 5:].any() and images[1, :2, :5, :2].all()
 
 
-def test_masks_are_unpacked():
-    masks = np.random.default_rng(0).random((2, 3, 5, 13)) < 0.5
-    batch = {"image": np.zeros((2, 5, 13, 3)), "boxes": 0, "labels": 0, "valid": 0}
-    targets = detect.targets_of(batch | {"masks": np.packbits(masks, axis=-1)})
-    assert (np.asarray(targets.masks) == masks).all() and targets.masks.dtype == bool
-    assert detect.targets_of(batch).masks is None
-
-
 def test_class_maps_are_those_of_two_resizes():
     """Of images that fill the canvas, against the resizes one after the other; of a smaller one, against its own."""
     rng = np.random.default_rng(0)
@@ -94,63 +93,52 @@ def test_class_maps_are_those_of_two_resizes():
     assert (maps[1, :80, :61] != part[0]).mean() < 1e-3
 
 
-class Net(nn.Module):
-    """Stands for a detector: one box an image, with noise in its loss that a resumed run must draw again."""
-
-    library: str = "mmdetection"
-    stages = ()
-    no_weight_decay = ()
-
-    def setup(self):
-        self.dense = nn.Dense(4)
-
-    def boxes(self, images):
-        return 64 * nn.sigmoid(self.dense(images.mean((1, 2))))
-
-    def losses(self, images, targets, sizes, train=True):
-        noise = jax.random.normal(self.make_rng("dropout"), (len(images), 4))
-        first = targets.boxes[:, 0]
-        return {"loss_bbox": jnp.abs(self.boxes(images) + noise - first).mean(axis=0), "loss_cls": jnp.zeros(())}
-
-    def detect(self, images, sizes, train=False):
-        boxes = self.boxes(images)[:, None]
-        ones = jnp.ones(boxes.shape[:2])
-        return coco.Detections(boxes, ones, ones.astype(jnp.int32), ones > 0)
-
-
 def records(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def stand_in():
-    return dataclasses.replace(make_task(tiny("detect")), model=Net(), initial=lambda: None)
+def detector():
+    """A run of a RetinaNet that detects something from the first step on."""
+    task = make_task(tiny("detect"))
+    return dataclasses.replace(task, model=task.model.clone(score_threshold=0.0))
 
 
-def test_a_detection_run_stopped_and_resumed_ends_with_the_same_bits(tmp_path):
-    """On eight devices; the losses come out of the network, and AP out of what all devices found."""
-    task = stand_in()
-    summary = loop.train(task, tmp_path / "whole")
-    assert summary.metrics["detections"] == 12 and -1 <= summary.metrics["box_AP"] <= 1
-    written = json.loads((tmp_path / "whole" / "detections.bbox.json").read_text())
-    assert sorted(result["image_id"] for result in written) == sorted(
-        image["id"] for image in dense.open_split(task.config, False).ground_truth()["images"]
-    )
-    assert (tmp_path / "whole" / "classes.txt").read_text().splitlines()[0].split() == ["category", "box", "AP"]
+def killed_run(workdir):
+    """Ends this process after step 4, when the checkpoint of step 3 is written."""
 
-    def stopping(start):
-        for step, batch in enumerate(task.train_batches(start), start=start):
-            if step == 4:
-                raise KeyboardInterrupt
-            yield batch
+    def kill(record):
+        while record["step"] == 4 and newest_intact(workdir / store.FOLDER) != 3:
+            time.sleep(0.01)
+        if record["step"] == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    with pytest.raises(KeyboardInterrupt):
-        loop.train(dataclasses.replace(task, train_batches=stopping), tmp_path / "parts")
-    assert loop.train(stand_in(), tmp_path / "parts").metrics == summary.metrics
-    ours, theirs = records(tmp_path / "parts"), records(tmp_path / "whole")
-    losses = [[record.get("train/loss") for record in lines] for lines in (ours, theirs)]
+    loop.train(detector(), workdir, callback=kill)
+
+
+def test_a_detector_killed_and_resumed_ends_with_the_same_bits(tmp_path):
+    """RetinaNet on eight devices; AP is of what all of them found."""
+    task, whole, parts = detector(), tmp_path / "whole", tmp_path / "parts"
+    summary = loop.train(task, whole)
+    assert summary.metrics["detections"] > 0 and -1 <= summary.metrics["box_AP"] <= 1
+    written = json.loads((whole / "detections.bbox.json").read_text())
+    assert len(written) == summary.metrics["detections"]
+    listed = {image["id"] for image in dense.open_split(task.config, False).ground_truth()["images"]}
+    assert {result["image_id"] for result in written} <= listed and len(listed) == 12
+    assert (whole / "classes.txt").read_text().splitlines()[0].split() == ["category", "box", "AP"]
+
+    tests = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])}
+    environment["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir or ""
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    program = f"import conftest, pathlib, test_dense_tasks as t; t.killed_run(pathlib.Path({str(parts)!r}))"
+    assert subprocess.run([sys.executable, "-c", program], env=environment).returncode == -signal.SIGKILL
+    assert [record["step"] for record in records(parts)] == [1, 2, 3, 4]
+
+    assert loop.train(task, parts).metrics == summary.metrics
+    assert soak.differing(soak.arrays(parts, 6), soak.arrays(whole, 6)) == []
+    losses = [[record.get("train/loss") for record in records(folder)] for folder in (parts, whole)]
     assert losses[0] == losses[1] and len(losses[0]) == 7
-    step, metrics = loop.evaluate_checkpoint(task, tmp_path / "parts")
-    assert (step, metrics) == (6, summary.metrics)
+    assert loop.evaluate_checkpoint(task, parts) == (6, summary.metrics)
 
 
 def test_losses_are_summed_and_named():

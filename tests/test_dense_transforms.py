@@ -1,5 +1,6 @@
 """vitpyramid.data.dense_transforms and opencv: sizes and pixels of the original code, crops, colours."""
 
+import dataclasses
 import pathlib
 import zlib
 
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vitpyramid.data import dense_transforms as transforms
-from vitpyramid.data.dense_transforms import Resize
+from vitpyramid.data.dense_transforms import Resize, SizeCrop
 from vitpyramid.data.opencv import resize_linear
 
 SIZES = np.load(pathlib.Path(__file__).parent / "goldens" / "dense" / "image_sizes.npz")
@@ -51,6 +52,39 @@ def test_drawn_sides():
     pairs = [(one.short_sides[0], one.long_side) for one in (ratio.draw(rng) for _ in range(300))]
     assert min(pairs)[0] < 280 and max(pairs)[0] > 950 and all(abs(long - 4 * short) < 4 for short, long in pairs)
     assert ratio.largest().short_sides == (1024,)
+
+
+def test_parts_of_half_of_the_images():
+    """Of DETR: shorter sides of 400, 500 or 600, then 384 to 600 pixels, at any place."""
+    rng, crop, upright = np.random.default_rng(0), SizeCrop((400, 500, 600), (384, 600)), set()
+    sizes, heights, widths, rooms = set(), set(), set(), set()
+    for _ in range(2000):
+        (height, width), (rows, columns) = crop.draw((480, 640), "detr", rng)
+        sizes.add((height, width))
+        heights.add(rows.stop - rows.start)
+        widths.add(columns.stop - columns.start)
+        rooms |= {rows.start == 0, rows.stop == height, columns.start == 0, columns.stop == width}
+        assert 0 <= rows.start < rows.stop <= height and 0 <= columns.start < columns.stop <= width
+        upright.add(rows.stop - rows.start > columns.stop - columns.start)
+    assert sizes == {(400, 533), (500, 666), (600, 800)} and rooms == upright == {False, True}
+    assert (min(heights), max(heights), min(widths), max(widths)) == (384, 600, 384, 600) and len(widths) == 217
+    assert SizeCrop((40,), (384, 600)).draw((40, 60), "detr", rng) == ((40, 60), (slice(0, 40), slice(0, 60)))
+
+
+def test_boxes_of_a_part():
+    boxes = np.array([[0, 0, 10, 8], [8, 4, 30, 40], [12, 9, 14, 11], [0, 5, 5, 9], [2, 4, 5, 20]], np.float32)
+    found, kept = transforms.crop_boxes(boxes, (slice(4, 10), slice(5, 20)))
+    np.testing.assert_array_equal(found[kept], [[0, 0, 5, 4], [3, 0, 15, 6], [7, 5, 9, 6]])
+    assert kept.tolist() == [True, True, True, False, False] and found.dtype == np.float32
+
+
+def test_sizes_that_fit_on_a_canvas():
+    resize = Resize("detr", (480, 512, 544, 800), 1333)
+    assert resize.fitting((600, 384), (800, 1344)).short_sides == (480, 512)
+    assert resize.fitting((384, 600), (800, 1344)) == resize
+    in_range = dataclasses.replace(resize, in_range=True).fitting((600, 384), (800, 1344)).short_sides
+    assert (min(in_range), max(in_range)) == (480, 512)
+    assert resize.fitting((300, 1000), (100, 100)).short_sides == (30,)
 
 
 def ramp(height, width):

@@ -326,6 +326,7 @@ def test_classes_of_coco():
     # The ids that COCO's files do not have.
     assert set(range(1, 91)) - set(categories) == {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
     assert default_names(80, "pvt_small")[0] == "class 0"
-    assert categories_of(["cat", "dog"]) == {1: "cat", 2: "dog"}
+    assert categories_of(["cat", "dog"]) == categories_of(["cat", "dog"], {"about": {}}) == {1: "cat", 2: "dog"}
+    assert categories_of(["cat", "dog"], {"about": {"category_ids": [7, 2]}}) == {7: "cat", 2: "dog"}
     by_id = categories_of(default_names(91, "detr_pvt_small"))
     assert {i: by_id[i] for i in categories} == categories and list(by_id) == list(range(91))

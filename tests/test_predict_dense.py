@@ -19,6 +19,7 @@ from vitpyramid.weights import store
 
 NAMES = [f"digit {i}" for i in range(10)]
 CATEGORIES = dict(enumerate(NAMES, start=1))
+IDS = [1, 2, 4, 7, 8, 9, 11, 40, 41, 90]  # with gaps, as a JSON of one's own may have them
 RNG = np.random.default_rng(0)
 WIDE, TALL = ((64, 96, 3), (192, 96, 3))
 
@@ -32,7 +33,8 @@ def saved(folder, entry, **network):
     variables = random_variables(create_model(**network))
     model_state = {key: value for key, value in variables.items() if key != "params"}
     state = {"step": np.int32(7), "params": variables["params"], "model_state": model_state, "ema": {}}
-    meta = {"network": network | {"scan": False}, "ema": False, "config": config.to_dict(), "about": {"classes": NAMES}}
+    about = {"classes": NAMES} | ({"category_ids": IDS} if entry == "mask" else {})
+    meta = {"network": network | {"scan": False}, "ema": False, "config": config.to_dict(), "about": about}
     with store.open_checkpoints(folder) as manager:
         store.save(manager, 7, state, meta)
     return network
@@ -117,7 +119,7 @@ def test_command_writes_beside_the_images_or_into_a_folder(tmp_path, photos, mon
     written = {f"{name}.predicted.{ending}" for name in ("wide", "tall") for ending in ("png", "json")}
     assert {path.name for path in photos.iterdir()} == {"wide.png", "tall.jpg", "broken.png"} | written
     results = json.loads((photos / "wide.predicted.json").read_text())
-    assert [result["category_id"] for result in results] == [4]
+    assert [(result["category_id"], result["name"]) for result in results] == [(7, "digit 3")]
 
     out = tmp_path / "some" / "folder"
     args = [f"--checkpoint={tmp_path / 'run'}", f"--out={out}", "--threshold=0", "--json", str(photos / "wide.png")]

@@ -302,6 +302,7 @@ DETR = {
     "data.interpolation": "opencv",
     "data.short_side": [640, 672, 704, 736, 768, 800],
     "data.short_side_range": False,
+    "data.crop_short_side": [],
     "data.long_side": 1333,
     "data.eval_short_side": 800,
     "loss.images_per_group": 0,
@@ -314,6 +315,8 @@ DETR = {
 DEFORMABLE_DETR = {
     **DETR,
     "data.resize": "detr",
+    "data.crop_short_side": [200, 250, 300],
+    "data.crop_side": [192, 300],
     "data.interpolation": "bilinear",
     "data.short_side": [240, 256, 272, 288, 304, 320, 336, 352, 368, 384, 400],
     "data.long_side": 666,

@@ -15,6 +15,7 @@ import pytest
 import toy_boxes
 from configs import base
 from vitpyramid.train import loop
+from vitpyramid.train.report import format_summary
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,6 +56,9 @@ def test_it_learns(finished):
     workdir, summary = finished
     losses = [record["train/loss"] for record in records(workdir) if "train/loss" in record]
     assert len(losses) == summary.total_steps == 80
+    wide = [record["train/wide"] for record in records(workdir) if "train/wide" in record]
+    assert summary.totals == {"wide": sum(wide)} and 0 < wide[0] < sum(wide)
+    assert "left out     " + f"wide {sum(wide):.3f}, over all steps" in format_summary(summary, boxes(), workdir, "")
     assert losses[-1] < 0.5 * losses[0]
     assert {"loss", "iou", "worst", "ema_loss", "ema_iou", "ema_worst"} == set(summary.metrics)
 
@@ -109,7 +113,7 @@ def test_killed_and_resumed_it_ends_with_the_same_numbers(finished, tmp_path):
         run.send_signal(signum)
         run.communicate(timeout=120)
     assert 50 < max(record["step"] for record in records(tmp_path)) < 80
-    loop.train(boxes(), tmp_path)
+    assert loop.train(boxes(), tmp_path).totals == finished[1].totals
     ours, theirs = records(tmp_path), records(finished[0])
     assert len(ours) == len(theirs)
     for record, expected in zip(ours, theirs, strict=True):

@@ -10,6 +10,7 @@ import numpy as np
 from clu import metrics
 
 from vitpyramid.tasks import Task
+from vitpyramid.tasks.metrics import Sum
 
 
 @flax.struct.dataclass
@@ -69,7 +70,10 @@ def make_task(config):
         eval_batches=lambda: [rows(10**6, start) for start in range(0, 100, 16)],
         prepare=lambda key, batch, _: (batch["map"] + 0.1 * jax.random.normal(key, batch["map"].shape), batch["box"]),
         prepare_eval=lambda batch: batch["map"],
-        loss=lambda boxes, targets: (jnp.abs(boxes - targets).mean(), {}),
+        loss=lambda boxes, targets: (
+            jnp.abs(boxes - targets).mean(),
+            {"wide": Sum.from_model_output(targets[:, 2] - targets[:, 0] > 0.4)},
+        ),
         measure=measure,
         words=lambda values: "  ".join(f"{name} {value:.3f}" for name, value in values.items()),
         best="iou",

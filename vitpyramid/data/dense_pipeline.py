@@ -9,7 +9,7 @@ from vitpyramid.data import augment
 from vitpyramid.data import dense_transforms as transforms
 from vitpyramid.data.annotated import Annotated
 from vitpyramid.data.annotations import IGNORED, Example, decode_mask, label_map_of
-from vitpyramid.data.dense_transforms import Resize, Size
+from vitpyramid.data.dense_transforms import Resize, Size, SizeCrop
 from vitpyramid.data.order import Grouped, train_order
 from vitpyramid.data.pipeline import Batch, BatchIterator, EvalBatches, eval_batches, train_stream
 
@@ -35,12 +35,14 @@ class Canvases:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """What becomes of every image: `resize`, `interpolation` and `flip` as the config has them, and the canvases."""
+    """What becomes of every image: `resize`, `interpolation`, `flip` as the config has them, the canvases, and of half
+    of the images with boxes the part that is learned."""
 
     resize: Resize
     interpolation: str
     flip: float
     placed: Canvases
+    part: SizeCrop | None = None
 
 
 def train_resize(data) -> Resize:
@@ -92,7 +94,7 @@ def make_train(
     Args:
       config: reads `seed`, `batch_size` (global) and, in `data`, `resize`, `short_side`, `short_side_range`,
         `long_side`, `scale_range`, `interpolation`, `flip`, `canvas`, `on_corrupt`, `threads`, `workers`; for boxes
-        `max_boxes` and `masks`; for label maps `crop`, `cat_max_ratio` and `photometric`.
+        `max_boxes`, `masks`, `crop_short_side`, `crop_side`; for label maps `crop`, `cat_max_ratio`, `photometric`.
       source: see `open_annotated`; opened with `training`.
       start_step, process_index, process_count: as in `pipeline.make_train`.
 
@@ -117,7 +119,8 @@ def make_train(
         placed = Canvases(choices, np.zeros(len(source), np.int64))
     else:
         placed = canvases(source, choices, resize)
-    view = View(resize, data.interpolation, data.flip, placed)
+    part = SizeCrop(data.crop_short_side, data.crop_side) if data.crop_short_side else None
+    view = View(resize, data.interpolation, data.flip, placed, part)
     if source.task == "detect":
         row = functools.partial(_boxes_row, view=view, slots=data.max_boxes, masks=data.masks)
     else:
@@ -174,14 +177,22 @@ def _pixels(example: Example) -> np.ndarray:
 
 
 def _boxes_row(example: Example, index: int, rng: np.random.Generator, *, view: View, slots: int, masks: bool) -> Batch:
-    pixels, canvas = _pixels(example), view.placed.of(index)
-    old = pixels.shape[:2]
-    new = view.resize.draw(rng).keeping(old)
-    pixels = transforms.resize_image(pixels, new, view.interpolation)
+    pixels, canvas, resize = _pixels(example), view.placed.of(index), view.resize
+    old = first = pixels.shape[:2]
     # Crowds teach nothing: no anchor is ignored for them in the papers' mmdetection, and detectron2 drops them.
     objects = np.flatnonzero(~example.crowd)
+    boxes, part = example.boxes[objects], (slice(None), slice(None))
+    if view.part and rng.random() < 0.5:
+        first, part = view.part.draw(old, resize.rule, rng)
+        pixels = transforms.resize_image(pixels, first, view.interpolation)[part]
+        boxes, kept = transforms.crop_boxes(transforms.resize_boxes(boxes, old, first), part)
+        objects, boxes = objects[kept], boxes[kept]
+        resize = resize.fitting(pixels.shape[:2], canvas)  # an upright part of a wide image has a wide one's canvas
+    whole = pixels.shape[:2]
+    new = resize.draw(rng).keeping(whole)
+    pixels = transforms.resize_image(pixels, new, view.interpolation)
     taught = objects[:slots]
-    boxes = transforms.resize_boxes(example.boxes[taught], old, new)
+    boxes = transforms.resize_boxes(boxes[:slots], whole, new)
     mirrored = rng.random() < view.flip
     if mirrored:
         pixels, boxes = pixels[:, ::-1], transforms.flip_boxes(boxes, new[1])
@@ -197,7 +208,8 @@ def _boxes_row(example: Example, index: int, rng: np.random.Generator, *, view: 
     if masks:
         packed = np.zeros((slots, canvas[0], -(-canvas[1] // 8)), np.uint8)
         for slot, number in enumerate(taught):
-            mask = transforms.resize_nearest(decode_mask(example.masks[number], *old), new, view.interpolation)
+            mask = transforms.resize_nearest(decode_mask(example.masks[number], *old), first, view.interpolation)
+            mask = transforms.resize_nearest(mask[part], new, view.interpolation)
             mask = mask[:, ::-1] if mirrored else mask
             packed[slot] = np.packbits(transforms.pad(mask, canvas), axis=-1)
         row["masks"] = packed

@@ -51,6 +51,18 @@ class Resize:
         factor = rng.uniform(*self.ratio_range) if self.ratio_range != (1.0, 1.0) else 1.0
         return self._scaled(short, factor)
 
+    def fitting(self, size: Size, canvas: Size) -> "Resize":
+        """With those short sides alone with which an image fits on a canvas; if with none, the largest smaller one."""
+        least, most = min(self.short_sides), max(self.short_sides)
+
+        def fits(short: int) -> bool:
+            height, width = dataclasses.replace(self, short_sides=(short,)).largest().keeping(size)
+            return height <= canvas[0] and width <= canvas[1]
+
+        sides = range(least, most + 1) if self.in_range else self.short_sides
+        fitting = tuple(filter(fits, sides)) or (next(filter(fits, range(least, 0, -1)), 1),)
+        return dataclasses.replace(self, short_sides=fitting)
+
     def largest(self) -> "Resize":
         """With the largest sides that can be drawn."""
         return self._scaled(max(self.short_sides), self.ratio_range[1])
@@ -72,6 +84,28 @@ class Resize:
         """`keeping`, rounded up to multiples of `align`."""
         height, width = (-(-side // self.align) * self.align for side in self.keeping(size))
         return height, width
+
+
+@dataclasses.dataclass(frozen=True)
+class SizeCrop:
+    """A random part of an image before it is resized: what DETR's `make_coco_transforms` does to half of the images.
+
+    Attributes:
+      short_sides: what the image's shorter side becomes first, one of these, however long the other.
+      sides: least and largest height and width of the part; no more than the image then has.
+    """
+
+    short_sides: tuple[int, ...]
+    sides: tuple[int, int]
+
+    def draw(self, size: Size, rule: str, rng: np.random.Generator) -> tuple[Size, tuple[slice, slice]]:
+        """The size that an image becomes, by a `rule` of `Resize`, and the part of that."""
+        short = self.short_sides[rng.integers(len(self.short_sides))]
+        new = Resize(rule, (short,), short * max(size)).keeping(size)
+        least, most = self.sides
+        width, height = (int(rng.integers(min(least, side), min(most, side), endpoint=True)) for side in new[::-1])
+        top, left = (int(rng.integers(space, endpoint=True)) for space in (new[0] - height, new[1] - width))
+        return new, (slice(top, top + height), slice(left, left + width))
 
 
 def _mmcv_size(height: int, width: int, short: int, long: int) -> Size:
@@ -110,6 +144,8 @@ def resize_image(image: np.ndarray, size: Size, interpolation: str) -> np.ndarra
 
 def resize_nearest(maps: np.ndarray, size: Size, interpolation: str) -> np.ndarray:
     """Of masks or label maps [..., H, W], the pixel that Pillow ("bilinear") or OpenCV ("opencv") takes."""
+    if maps.shape[-2:] == size:
+        return maps
     shift = 0.0 if interpolation == "opencv" else 0.5
     rows, columns = (
         np.minimum(np.floor((np.arange(new) + shift) * (1.0 / (new / old))).astype(np.int64), old - 1)
@@ -134,6 +170,14 @@ def flip_boxes(boxes: np.ndarray, width: int) -> np.ndarray:
     """Boxes of an image in that image mirrored left and right."""
     x1, y1, x2, y2 = boxes.T
     return np.stack([width - x2, y1, width - x1, y2], axis=-1)
+
+
+def crop_boxes(boxes: np.ndarray, part: tuple[slice, slice]) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes of an image in a part of it, cut at its edges; and bool [n], which of them have area there."""
+    (top, bottom), (left, right) = ((side.start, side.stop) for side in part)
+    corner, far = (np.array([x, y, x, y], boxes.dtype) for x, y in ((left, top), (right - left, bottom - top)))
+    boxes = np.clip(boxes - corner, 0, far)
+    return boxes, (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
 
 
 def crop_window(

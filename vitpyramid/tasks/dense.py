@@ -43,6 +43,8 @@ RULES = {
     "data.short_side": Rule(lambda v: len(v) and all(map(SIDE.holds, v)), f"numbers, each {SIDE.expected}"),
     "data.long_side": SIDE,
     "data.scale_range": interval(0.01, 100),
+    "data.crop_short_side": Rule(lambda v: all(map(SIDE.holds, v)), f"numbers, each {SIDE.expected}"),
+    "data.crop_side": interval(1, 2**14),
     "data.canvas": CANVASES,
     "data.max_boxes": between(1, 10_000),
     "data.cat_max_ratio": SHARE,

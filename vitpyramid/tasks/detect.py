@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable, Mapping
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from vitpyramid.data.annotated import Annotated
@@ -60,8 +59,13 @@ def _own(config: ConfigDict, model: DenseNetwork, open_split: Callable[[bool], A
         "words": words,
         "files": lambda metrics: metrics["found"].files(),
         "best": BEST,
-        "about": lambda: {"classes": list(open_split(True).categories)},
+        "about": lambda: about(open_split(True)),
     }
+
+
+def about(source: Annotated) -> dict[str, list]:
+    """Names of classes by label, and their ids in results: COCO's, or those of one's own JSON."""
+    return {"classes": list(source.categories), "category_ids": list(source.category_ids)}
 
 
 def call(network: DenseNetwork, x: View, train: bool = False) -> dict[str, jax.Array] | Detections:
@@ -72,11 +76,8 @@ def call(network: DenseNetwork, x: View, train: bool = False) -> dict[str, jax.A
 
 
 def targets_of(batch: Batch) -> Targets:
-    """The ground truth of a batch; its masks are packed, eight columns a byte."""
-    masks = None
-    if "masks" in batch:
-        masks = jnp.unpackbits(batch["masks"], axis=-1, count=batch["image"].shape[2]).astype(bool)
-    return Targets(batch["boxes"], batch["labels"], batch["valid"], masks)
+    """The ground truth of a batch."""
+    return Targets(batch["boxes"], batch["labels"], batch["valid"], batch.get("masks"))
 
 
 def words(values: Mapping[str, float]) -> str:

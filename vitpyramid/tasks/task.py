@@ -58,7 +58,8 @@ class Task:
       files: `metrics -> {name: text}`, what an evaluation writes into the work directory.
       best: the name of the evaluation's metric that says how good the network is; larger is better.
       constants: `() -> variables` that steps read and never change, such as a teacher's.
-      about: `() -> {name: value}`, JSON that checkpoints keep beside the arrays: `classes`, the names of classes.
+      about: `() -> {name: value}`, JSON that checkpoints keep beside the arrays: `classes`, the names of classes,
+        and of detectors `category_ids`, their ids in results.
       initial: `() -> variables` to start from, on the host; None: the network's own initialisation.
       without_weights: `() -> Task`, the same for compiling alone: no file of weights is read, `constants` are shapes.
         None: this one reads none.

@@ -3,7 +3,8 @@
 import functools
 import os
 import re
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vitpyramid.files import as_path, in_bucket
@@ -45,8 +46,15 @@ def names_of(source: str, count: int, network: str) -> list[str]:
     return names if len(names) == count else default_names(count, network)
 
 
-def categories_of(names: Sequence[str]) -> dict[int, str]:
-    """Names of classes by what their ids are in results: COCO's if these are its classes, else 1, 2 ...."""
+def categories_of(names: Sequence[str], meta: Mapping = types.MappingProxyType({})) -> dict[int, str]:
+    """Names of classes by what their ids are in results.
+
+    Those in `meta`, which stands beside the weights, where it has as many; else COCO's if these are its classes, else
+    1, 2 ....
+    """
+    saved = meta.get("about", {}).get("category_ids", [])
+    if len(saved) == len(names):
+        return dict(zip(saved, names, strict=True))
     coco = _coco()
     if list(names) == list(coco.values()):
         return coco

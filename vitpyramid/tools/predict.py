@@ -10,8 +10,9 @@ images, to stderr. Exit codes: 0 all predicted; 1 none predicted, for the reason
 
 Detectors and segmenters leave files beside each image, or in `--out`: NAME.predicted.png, the image with boxes, masks
 or colours of classes on it; NAME.predicted.json, a list of COCO's results with the classes' names (boxes are x, y,
-width, height in pixels of the image; ids of categories are COCO's, or count from 1); of segmenters NAME.labels.png,
-whose levels are the classes, with a palette. Files of such names in folders are passed over.
+width, height in pixels of the image; ids of categories are those of the run's data, else COCO's, or count from 1); of
+segmenters NAME.labels.png, whose levels are the classes, with a palette. Files of such names in folders are passed
+over.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from vitpyramid.models.backbone import Variant
 from vitpyramid.tasks.prepare import normalise
 from vitpyramid.tools import arguments, dense
 from vitpyramid.tools.arguments import add_images, add_weights, at_least, fraction
-from vitpyramid.tools.classes import categories_of, names_in, names_of
+from vitpyramid.tools.classes import categories_of, names_in, names_of, saved_meta
 from vitpyramid.tools.preprocess import evaluation_of, read_image
 from vitpyramid.weights.pretrained import read_pretrained
 
@@ -213,7 +214,8 @@ def _find(args: argparse.Namespace, network: dict, variables: dict, paths: list[
     facts = f"{len(names)} classes, images of up to {data.eval_short_side} x {data.long_side}, {data.interpolation}"
     print(f"{network['name']}, {facts}", file=sys.stderr)
     threshold = 0.5 if args.threshold is None else args.threshold
-    for seen in dense.look(task, variables, paths, categories_of(names), threshold, args.batch or 1):
+    categories = categories_of(names, saved_meta(args.checkpoint))
+    for seen in dense.look(task, variables, paths, categories, threshold, args.batch or 1):
         if not seen.error:
             dense.write(seen, names, args.out)
         text = json.dumps(dense.as_dict(seen, names)) if args.json else dense.describe(seen, names)

@@ -131,7 +131,8 @@ def train(
             save()
         store.finish(checkpoints)
         writer.close()
-    return Summary(step, total, metrics, report.examples_per_second, compile_seconds, workdir, *report.best())
+    speed = report.examples_per_second
+    return Summary(step, total, metrics, speed, compile_seconds, workdir, writer.totals, *report.best())
 
 
 def evaluate_checkpoint(task: Task, workdir: Path) -> tuple[int, dict[str, float]]:

@@ -14,7 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from vitpyramid.progress import format_seconds
-from vitpyramid.tasks.metrics import compute, merge
+from vitpyramid.tasks.metrics import Sum, compute, merge
 from vitpyramid.tasks.task import Task
 from vitpyramid.train.writer import MetricWriter, read_history
 
@@ -35,6 +35,8 @@ class Summary:
       examples_per_second: of training, over all devices, without compilation, evaluation and saving.
       compile_seconds: tracing and compiling (or reading from the cache).
       workdir: where it is written down.
+      totals: what training counted over all steps, those before a resumption included: `skipped` images, `dropped`
+        objects; each time an image comes counts.
       best_step, best: which of its evaluations, those before a resumption included, was the best, and that one's
         metrics; None and empty if there was none. A checkpoint of that step may be gone (`checkpoint.keep`).
     """
@@ -45,6 +47,7 @@ class Summary:
     examples_per_second: float
     compile_seconds: float
     workdir: Path
+    totals: dict[str, float]
     best_step: int | None
     best: dict[str, float]
 
@@ -105,14 +108,17 @@ class Report:
         self._window, self._waits, self._ended = [], [], None
         self._check_finite(collected)
         examples = len(collected) * self._task.config.batch_size
-        means = compute(functools.reduce(merge, collected))
+        measured = functools.reduce(merge, collected)
+        means = compute(measured)
+        earlier = self._writer.totals
+        totals = {name: earlier.get(name, 0.0) + means[name] for name in measured if isinstance(measured[name], Sum)}
         self._last_finite = means
         self._reported = step
         self._examples += examples
         self._seconds += seconds
         each, waited = seconds / len(collected), idle / len(collected)
         speed = {f"{self._task.unit}_per_second": examples / seconds, "step_seconds": each, "wait_seconds": waited}
-        self._writer.write(step, {f"train/{name}": value for name, value in (means | speed).items()})
+        self._writer.write_training(step, means | speed, earlier | totals)
         remaining = (self._total - step) * self._task.config.batch_size / self.examples_per_second
         log.info(
             f"step {step:{len(str(self._total))}d}/{self._total}  {self._task.words(means)}  lr {means['lr']:.2e}  "
@@ -157,10 +163,11 @@ class Report:
 
 def format_summary(summary: Summary, task: Task, workdir: Path, command: str) -> str:
     """The last lines of a run; `command` is the one that started it."""
-    speed = summary.examples_per_second
+    speed, counted = summary.examples_per_second, task.words(summary.totals)
     lines = [
         ("finished" if summary.finished else "stopped", f"after step {summary.step} of {summary.total_steps}"),
         ("result", task.words(summary.metrics) if summary.metrics else "not evaluated yet"),
+        *([("left out", f"{counted}, over all steps")] if counted else []),
         ("training", f"{speed:.0f} {task.unit}/s" if speed else "nothing to do"),
         ("compiling", f"{summary.compile_seconds:.1f} s"),
         ("checkpoints", f"{workdir}/checkpoints"),

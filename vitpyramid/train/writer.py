@@ -17,7 +17,8 @@ log = logging.getLogger(__name__)
 
 HISTORY = "metrics.jsonl"
 _UNREADABLE = {"step": math.inf}
-_EVALUATION = "eval/"  # begins the names of an evaluation's metrics
+_TRAINING, _EVALUATION = "train/", "eval/"  # begin the names of what a step and an evaluation measured
+_TOTAL = "_total"  # ends the names of what is counted over all steps
 _PAUSE = 5.0  # seconds between two writings of an object; a bucket takes one a second
 
 
@@ -94,6 +95,7 @@ class MetricWriter:
 
     Attributes:
       evaluations: the metrics of each evaluation by its step, those of earlier runs included.
+      totals: by name, what earlier runs counted in all up to `start_step`: of lines with `train/NAME_total` the last.
     """
 
     def __init__(self, workdir: Path, start_step: int, callback: Callable[[dict], None] | None = None):
@@ -102,6 +104,12 @@ class MetricWriter:
         self._callback = callback
         kept = [record for record in records if record["step"] <= start_step]
         self.evaluations = {record["step"]: metrics for record in kept if (metrics := _strip(record))}
+        self.totals = {
+            name.removeprefix(_TRAINING).removesuffix(_TOTAL): value
+            for record in kept
+            for name, value in record.items()
+            if name.startswith(_TRAINING) and name.endswith(_TOTAL)
+        }
         self._active = jax.process_index() == 0
         if not self._active:
             return
@@ -126,6 +134,12 @@ class MetricWriter:
         if self._callback:
             self._callback({"step": step, **scalars})
 
+    def write_training(self, step: int, metrics: dict[str, float], totals: dict[str, float]) -> None:
+        """Writes what training measured since the line before, and what it counted since the first step."""
+        self.totals = totals
+        named = metrics | {name + _TOTAL: value for name, value in totals.items()}
+        self.write(step, {_TRAINING + name: value for name, value in named.items()})
+
     def write_evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Writes the metrics of an evaluation."""
         self.evaluations[step] = metrics
@@ -147,7 +161,8 @@ def read_history(workdir: Path) -> list[dict]:
     """What a run has measured so far: the lines of its `metrics.jsonl`, in their order; none if there is no file.
 
     Each is `{"step": int, "train/loss": float, ...}`, means over the steps since the line before, or of an evaluation
-    `{"step": int, "eval/loss": float, ...}`.
+    `{"step": int, "eval/loss": float, ...}`. What is counted, `train/skipped` and `train/dropped`, is a sum over these
+    steps, and `train/dropped_total` that over all steps so far.
     """
     return [record for record in _read(workdir / HISTORY) if record is not _UNREADABLE]
 

@@ -9,7 +9,7 @@ bucket marked when complete, so that a half-written one is never picked up. Each
     ema           whether `state` has a moving average of the weights
     config        of the run that saved it
     num_examples  of its training split
-    about         what else its task says: {"classes": their names}
+    about         what else its task says: {"classes": their names, "category_ids": in results}
 
 Converted weights are step 0, with `network` and `ema` alone.
 """
