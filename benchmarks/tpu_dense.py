@@ -8,6 +8,7 @@ are not known before they run count once. Whole steps: `main.py --config=configs
 """
 
 import argparse
+import functools
 import math
 
 import jax
@@ -108,11 +109,7 @@ PARTS = {
         (Proposals(array(1000, 4), array(1000), array(1000, dtype=jnp.bool_)), TARGETS, KEYS),
     ),
     "mask targets": (
-        jax.vmap(
-            lambda packed, boxes, match: masks.mask_targets(
-                jnp.unpackbits(packed, axis=-1, count=CANVAS[1]).astype(bool), boxes, match, 28
-            )
-        ),
+        jax.vmap(functools.partial(masks.mask_targets, side=28, width=CANVAS[1])),
         (array(SLOTS, CANVAS[0], CANVAS[1] // 8, dtype=jnp.uint8), array(128, 4), array(128, dtype=jnp.int32)),
     ),
     # Six layers of 100 queries.

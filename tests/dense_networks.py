@@ -41,8 +41,8 @@ def padded_targets(golden: DenseGolden, slots: int, masks: bool = False) -> Targ
     labels, valid = np.ones((batch, slots), np.int32), np.zeros((batch, slots), bool)
     for i, (of_boxes, of_labels) in enumerate(zip(meta["gt_boxes"], meta["gt_labels"], strict=True)):
         boxes[i, : len(of_boxes)], labels[i, : len(of_labels)], valid[i, : len(of_boxes)] = of_boxes, of_labels, True
-    ellipses = [[ellipse(box, meta["canvas"]) for box in of_image] for of_image in boxes] if masks else None
-    return Targets(*map(jnp.asarray, (boxes, labels, valid)), None if ellipses is None else jnp.array(ellipses))
+    ellipses = [[ellipse(box, meta["canvas"]) for box in of_image] for of_image in boxes]
+    return Targets(*map(jnp.asarray, (boxes, labels, valid)), np.packbits(ellipses, axis=-1) if masks else None)
 
 
 def ellipse(box, size) -> np.ndarray:

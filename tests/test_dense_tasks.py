@@ -80,14 +80,6 @@ def test_canvases_are_zero_beyond_the_image():
     assert not images[1, 2:].any() and not images[1, :, 5:].any() and images[1, :2, :5, :2].all()
 
 
-def test_masks_are_unpacked():
-    masks = np.random.default_rng(0).random((2, 3, 5, 13)) < 0.5
-    batch = {"image": np.zeros((2, 5, 13, 3)), "boxes": 0, "labels": 0, "valid": 0}
-    targets = detect.targets_of(batch | {"masks": np.packbits(masks, axis=-1)})
-    assert (np.asarray(targets.masks) == masks).all() and targets.masks.dtype == bool
-    assert detect.targets_of(batch).masks is None
-
-
 def test_class_maps_are_those_of_two_resizes():
     """Of images that fill the canvas, against the resizes one after the other; of a smaller one, against its own."""
     rng = np.random.default_rng(0)

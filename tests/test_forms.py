@@ -30,7 +30,9 @@ CASES = (
     | {
         "convolution": (
             lambda x, kernel, dtype: forms.convolve(x, kernel, (2, 1), ((1, 2), (0, 1))),
-            lambda x, kernel, dtype: forms.convolution_of_places(x, kernel, (2, 1), ((1, 2), (0, 1))),
+            lambda x, kernel, dtype: forms.convolution_of_places(
+                x, kernel, window_strides=(2, 1), padding=((1, 2), (0, 1))
+            ),
             ((2, 6, 5, 3), (3, 2, 3, 4)),
         )
     }
@@ -58,6 +60,14 @@ CASES = (
         for shape, patch in [((2, 9, 8, 3), 4), ((1, 4, 7, 5), 2)]
     }
     | {
+        f"overlapping patches {shape} / {patch}": (
+            lambda x, kernel, dtype, stride=stride: forms.convolve(x, kernel, (stride, stride), "VALID"),
+            lambda x, kernel, dtype, stride=stride: forms.product_of_cells(x, kernel, stride),
+            (shape, (patch, patch, shape[-1], 5)),
+        )
+        for shape, patch, stride in [((2, 11, 8, 3), 4, 2), ((1, 9, 10, 2), 6, 2)]
+    }
+    | {
         f"norm {shape}": (
             functools.partial(token_forms.layer_norm_one_pass, epsilon=1e-6),
             functools.partial(token_forms.layer_norm_two_passes, epsilon=1e-6),
@@ -81,7 +91,7 @@ CASES = (
     }
     | {
         f"attention {query} of {keys}": (
-            lambda *inputs, dtype: token_forms.attention_tpu(*inputs, 0.7),
+            lambda *inputs, dtype: token_forms.attention_tpu(*inputs, scale=0.7),
             lambda *inputs, dtype: token_forms.attention_in_pieces(*inputs, 0.7, entries=80),
             (query, keys, keys),
         )
@@ -147,10 +157,10 @@ def test_a_row_far_from_zero_is_normed_in_one_pass(level):
     x = level + rng.standard_normal((4, 7, 48))
     parameters = 1 + 0.1 * rng.standard_normal(48), rng.standard_normal(48)
     with jax.enable_x64(True):
-        exact = token_forms.layer_norm_two_passes(x, *parameters, 1e-6, jnp.float64)
+        exact = token_forms.layer_norm_two_passes(x, *parameters, epsilon=1e-6, dtype=jnp.float64)
     x, *parameters = jnp.asarray(x, jnp.bfloat16), *map(np.float32, parameters)
     one, two = (
-        golden.relative_error(form(x, *parameters, 1e-6, jnp.float32), exact)
+        golden.relative_error(form(x, *parameters, epsilon=1e-6, dtype=jnp.float32), exact)
         for form in (token_forms.layer_norm_one_pass, token_forms.layer_norm_two_passes)
     )
     assert one < 1.02 * two < 0.5
@@ -185,7 +195,7 @@ def test_large_logits_stay_finite():
     """Of 1e4: only their differences are raised to a power; what is far below the largest has no weight."""
     query, key = (jnp.full((1, 2, 1, 1), 100.0).at[0, 1].set(-100.0) for _ in range(2))
     value = jnp.arange(2.0).reshape(1, 2, 1, 1)
-    out, backward = jax.vjp(lambda *inputs: token_forms.attention_tpu(*inputs, 1.0), query, key, value)
+    out, backward = jax.vjp(lambda *inputs: token_forms.attention_tpu(*inputs, scale=1.0), query, key, value)
     np.testing.assert_array_equal(out, value)
     assert all(jnp.isfinite(gradient).all() for gradient in backward(out))
 

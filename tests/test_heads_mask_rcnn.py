@@ -1,5 +1,7 @@
 """Mask R-CNN against mmdetection and detectron2, in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,8 +73,8 @@ def parts(model, images, targets, sizes, train):
         "logits": logits,
         "deltas": deltas,
         "mask_logits": model.roi_head.mask_head(pooled),
-        "mask_targets": jax.vmap(mask_targets, in_axes=(0, 0, 0, None))(
-            targets.masks, boxes, regions.match[:, :masks], 28
+        "mask_targets": jax.vmap(functools.partial(mask_targets, side=28, width=images.shape[2]))(
+            targets.masks, boxes, regions.match[:, :masks]
         ),
         "losses": model.losses(images, targets, sizes, train),
     }

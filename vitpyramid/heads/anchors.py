@@ -30,30 +30,25 @@ def base_anchors(sizes: Sequence[float], ratios: Sequence[float] = RATIOS, order
     return np.array([(-w, -h, w, h) for w, h in halves])
 
 
-def grid_anchors(base: np.ndarray, grid: tuple[int, int], stride: int, dtype=jnp.float32) -> jax.Array:
+def grid_anchors(base: np.ndarray, grid: tuple[int, int], stride: int, dtype=np.float32) -> np.ndarray:
     """`[h * w * A, 4]`: row-major over `grid = (h, w)`, then in the order of `base [A, 4]`."""
-    y, x = jnp.meshgrid(*(stride * jnp.arange(side, dtype=dtype) for side in grid), indexing="ij")
-    # A side of all boxes after the other: a TPU pads an axis of 4 to 128.
-    sides = [place[..., None] + jnp.asarray(base[:, i], dtype) for i, place in enumerate((x, y, x, y))]
-    return jnp.stack([side.ravel() for side in sides], axis=-1)
+    y, x = np.indices(grid, dtype)[:, :, :, None] * stride
+    return (np.stack([x, y, x, y], axis=-1) + base.astype(dtype)).reshape(-1, 4)
 
 
 def pyramid_anchors(
-    levels: Sequence[Level], scales: Sequence[float], order: str = "ratio", dtype=jnp.float32
-) -> tuple[jax.Array, ...]:
-    """`grid_anchors` of every level; their sizes are `scales` times its stride."""
+    levels: Sequence[Level], scales: Sequence[float], order: str = "ratio", dtype=np.float32
+) -> tuple[np.ndarray, ...]:
+    """`grid_anchors` of every level; their sizes are `scales` times its stride.
+
+    Constants of a program: a TPU's compiler takes minutes for places that are counted and flattened in it.
+    """
     bases = (base_anchors([scale * level.stride for scale in scales], order=order) for level in levels)
     grids = ((level.x.shape[1:3], level.stride, dtype) for level in levels)
     return tuple(grid_anchors(base, *grid) for base, grid in zip(bases, grids, strict=True))
 
 
 def inside_pyramid(levels: Sequence[Level], sizes: jax.Array, per_cell: int) -> jax.Array:
-    """`inside` of all levels, bool `[B, N]`."""
-    grids = [inside(level.x.shape[1:3], level.stride, sizes, per_cell) for level in levels]
-    return jnp.concatenate(grids, axis=1)
-
-
-def inside(grid: tuple[int, int], stride: int, sizes: jax.Array, per_cell: int) -> jax.Array:
     """Which anchors belong to cells that begin in the image as padded by itself, not in the rest of the canvas.
 
     Args:
@@ -61,9 +56,9 @@ def inside(grid: tuple[int, int], stride: int, sizes: jax.Array, per_cell: int) 
       per_cell: A.
 
     Returns:
-      bool `[B, h * w * A]` (mmdetection's `valid_flags`).
+      bool `[B, N]`, of all levels (mmdetection's `valid_flags`).
     """
+    begins = [level.stride * np.indices(level.x.shape[1:3], np.int32).reshape(2, -1) for level in levels]
+    y, x = np.repeat(np.concatenate(begins, axis=1), per_cell, axis=1)
     padded = -(-jnp.asarray(sizes, jnp.int32) // DIVISOR) * DIVISOR
-    cells = -(-padded // stride)  # [B, 2]
-    rows, columns = (jnp.arange(side) < cells[:, axis, None] for axis, side in enumerate(grid))
-    return jnp.repeat((rows[:, :, None] & columns[:, None, :]).reshape(len(padded), -1), per_cell, axis=1)
+    return (y < padded[:, :1]) & (x < padded[:, 1:])

@@ -143,7 +143,7 @@ class MaskRCNN(DenseNetwork, kw_only=True):
         first = self.rpn_head.losses(objectness, levels, targets, sizes, of_anchors)
         proposals = self.rpn_head.propose(objectness, levels, sizes, self.rpn_before[0], self.rpn_after[0])
         regions = self.roi_head.regions(proposals, targets, of_regions)
-        return first | self.roi_head.losses(self.read(levels), regions, targets)
+        return first | self.roi_head.losses(self.read(levels), regions, targets, images.shape[2])
 
     def detect(self, images: jax.Array, sizes: jax.Array | None = None, train: bool = False) -> Detections:
         """What is in the images, with masks of the boxes, `[B, n, 28, 28]`."""

@@ -12,6 +12,7 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vitpyramid.heads import anchors, losses
 from vitpyramid.heads import boxes as box
@@ -168,7 +169,7 @@ class RetinaNet(DenseNetwork, kw_only=True):
         return Predictions(levels, logits, deltas)
 
     @nn.nowrap
-    def anchors(self, levels: tuple[Level, ...]) -> tuple[jax.Array, ...]:
+    def anchors(self, levels: tuple[Level, ...]) -> tuple[np.ndarray, ...]:
         """`[h * w * A, 4]` of every level."""
         return anchors.pyramid_anchors(levels, self.scales, self.anchor_order, at_least_float32(self.dtype))
 
@@ -183,7 +184,7 @@ class RetinaNet(DenseNetwork, kw_only=True):
         rule = functools.partial(assign, positive=0.5, negative=0.4, low_quality=self.low_quality)
 
         def of_image(boxes, valid, inside):
-            return rule(box.overlaps(boxes, jnp.concatenate(self.anchors(levels))), valid, inside)
+            return rule(box.overlaps(boxes, np.concatenate(self.anchors(levels))), valid, inside)
 
         return map_rows(of_image, targets.boxes, targets.valid, learned)
 
@@ -201,7 +202,7 @@ class RetinaNet(DenseNetwork, kw_only=True):
     def losses_of(self, predictions: Predictions, targets: Targets, sizes: jax.Array) -> dict[str, jax.Array]:
         """As `losses`, of predictions."""
         label, match = self.assign(predictions.levels, targets, sizes)
-        all_anchors = jnp.concatenate(self.anchors(predictions.levels))
+        all_anchors = np.concatenate(self.anchors(predictions.levels))
         logits, deltas = (jnp.concatenate(of, axis=1) for of in (predictions.logits, predictions.deltas))
         positive = label == 1
 
@@ -242,11 +243,8 @@ class RetinaNet(DenseNetwork, kw_only=True):
         """As `detect`, of predictions."""
 
         def of_image(logits, deltas, size):
-            # Made here: an array of all devices cannot be indexed on one.
-            anchors_of = self.anchors(predictions.levels)
-            candidates = [
-                self._candidates(*of_level, size) for of_level in zip(logits, deltas, anchors_of, strict=True)
-            ]
+            of_levels = zip(logits, deltas, map(jnp.asarray, self.anchors(predictions.levels)), strict=True)
+            candidates = [self._candidates(*of_level, size) for of_level in of_levels]
             boxes, scores, classes, there = (jnp.concatenate(of) for of in zip(*candidates, strict=True))
             kept = nms(boxes, scores, there, self.iou_threshold, self.most_detections, classes)
             labels = jnp.where(kept.valid, classes[kept.index], 0)

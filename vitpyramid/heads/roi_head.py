@@ -183,8 +183,11 @@ class RoIHead(nn.Module):
 
         return map_rows(of_image, proposals.boxes, proposals.valid, targets.boxes, targets.labels, targets.valid, keys)
 
-    def losses(self, levels: tuple[Level, ...], regions: Regions, targets: Targets) -> dict[str, jax.Array]:
-        """Cross-entropy of classes, L1 loss of positives' deltas, binary cross-entropy of their masks: `[]` each."""
+    def losses(self, levels: tuple[Level, ...], regions: Regions, targets: Targets, width: int) -> dict[str, jax.Array]:
+        """Cross-entropy of classes, L1 loss of positives' deltas, binary cross-entropy of their masks: `[]` each.
+
+        `width` is that of the canvas.
+        """
         logits, deltas = self.boxes_of(levels, regions.boxes)
         positive = regions.positive
         of_class = jnp.where(regions.valid, losses.cross_entropy(logits, regions.labels), 0).sum(axis=1)
@@ -198,17 +201,19 @@ class RoIHead(nn.Module):
         samples = regions.valid.sum(axis=1)
         found = {"loss_cls": (of_class, samples), "loss_bbox": (of_box, samples)}
         if targets.masks is not None:
-            found["loss_mask"] = self._mask_loss(levels, regions, targets)
+            found["loss_mask"] = self._mask_loss(levels, regions, targets, width)
         return {key: losses.per_group(*of, self.images_per_group) for key, of in found.items()}
 
-    def _mask_loss(self, levels, regions: Regions, targets: Targets) -> tuple[jax.Array, jax.Array]:
+    def _mask_loss(self, levels, regions: Regions, targets: Targets, width: int) -> tuple[jax.Array, jax.Array]:
         """Sums over each image's positives, and the number of their pixels: `[B]`."""
         most = int(self.samples * self.positive_fraction)  # positives stand first
         boxes, labels, match, positive = (
             x[:, :most] for x in (regions.boxes, regions.labels, regions.match, regions.positive)
         )
         logits = self.masks_of(levels, boxes, jnp.where(positive, labels, 0))
-        wanted = jax.vmap(mask_targets, in_axes=(0, 0, 0, None))(targets.masks, boxes, match, logits.shape[-1])
+        wanted = jax.vmap(functools.partial(mask_targets, side=logits.shape[-1], width=width))(
+            targets.masks, boxes, match
+        )
         of_mask = jnp.where(positive[..., None, None], losses.binary_cross_entropy(logits, wanted), 0)
         return of_mask.sum((1, 2, 3)), positive.sum(axis=1) * logits.shape[-1] ** 2
 

@@ -7,6 +7,7 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vitpyramid.heads import anchors, losses
 from vitpyramid.heads import boxes as box
@@ -79,7 +80,7 @@ class RPN(nn.Module):
         return Objectness(tuple(logits), tuple(deltas))
 
     @nn.nowrap
-    def anchors(self, levels: tuple[Level, ...]) -> tuple[jax.Array, ...]:
+    def anchors(self, levels: tuple[Level, ...]) -> tuple[np.ndarray, ...]:
         """`[h * w * 3, 4]` of every level."""
         return anchors.pyramid_anchors(levels, (SCALE,), dtype=at_least_float32(self.dtype))
 
@@ -96,10 +97,9 @@ class RPN(nn.Module):
 
         def of_image(logits, deltas, size):
             boxes, scores, level = [], [], []
-            of_levels = self.anchors(levels)  # here: an array of all devices cannot be indexed on one
-            for i, (of_anchors, logit, delta) in enumerate(zip(of_levels, logits, deltas, strict=True)):
+            for i, (of_anchors, logit, delta) in enumerate(zip(self.anchors(levels), logits, deltas, strict=True)):
                 score, index = top_k(logit, min(before, len(logit)))
-                decoded = box.decode(of_anchors[index], delta[index], clamp_below=self.clamp_below)
+                decoded = box.decode(jnp.asarray(of_anchors)[index], delta[index], clamp_below=self.clamp_below)
                 boxes.append(box.clip(decoded, size))
                 scores.append(score)
                 level.append(jnp.full(len(score), i))
@@ -123,7 +123,7 @@ class RPN(nn.Module):
         rule = functools.partial(assign, positive=0.7, negative=0.3, low_quality=self.low_quality, least=self.least)
 
         def of_image(boxes, valid, learned, key):
-            label, match = rule(box.overlaps(boxes, jnp.concatenate(self.anchors(levels))), valid, learned)
+            label, match = rule(box.overlaps(boxes, np.concatenate(self.anchors(levels))), valid, learned)
             return sample(label, self.samples, self.samples // 2, key), match
 
         learned = anchors.inside_pyramid(levels, sizes, len(RATIOS)) | self.learns_padding
@@ -141,9 +141,9 @@ class RPN(nn.Module):
         """Cross-entropy of object or not, and L1 loss of positives' deltas; `[levels]` each."""
         (index, positive, valid), match = self.samples_of(levels, targets, sizes, keys)
         of_levels = self.anchors(levels)
-        chosen = jnp.concatenate(of_levels)[index]  # [B, n, 4]
+        chosen = jnp.asarray(np.concatenate(of_levels))[index]  # [B, n, 4]
         lengths = [len(of_level) for of_level in of_levels]
-        level = jnp.repeat(jnp.arange(len(lengths)), jnp.array(lengths), total_repeat_length=sum(lengths))[index]
+        level = (index[..., None] >= np.cumsum(lengths)).sum(-1)
 
         logits = jnp.take_along_axis(jnp.concatenate(objectness.logits, axis=1), index, axis=1)
         of_class = jnp.where(valid, losses.binary_cross_entropy(logits, positive), 0)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 _SORTED = 2**13  # so many are sorted at once
+_ROW = 128  # so many are counted at once
 
 
 def largest(values: jax.Array, number: jax.Array | int) -> jax.Array:
@@ -24,12 +25,22 @@ def largest(values: jax.Array, number: jax.Array | int) -> jax.Array:
 
     last = jax.lax.fori_loop(0, bits, with_bit, jnp.zeros((), unsigned))
     above, equal = keys > last, keys == last
-    return above | (equal & (jnp.cumsum(equal) <= number - above.sum()))
+    end = places(equal, (number - above.sum())[None])
+    return above | (equal & (jnp.arange(len(values)) < end))
 
 
 def places(mask: jax.Array, ranks: jax.Array) -> jax.Array:
-    """Indices of those that are True in `mask` `[N]`, int32 `[n]`, the first of rank 0; N where there are fewer."""
-    return jnp.searchsorted(jnp.cumsum(mask), ranks + 1).astype(jnp.int32)
+    """Indices of those that are True in `mask` `[N]`, int32 `[n]`, the first of rank 0; N where there are fewer.
+
+    Counted in rows: a TPU's compiler takes long for a cumulative sum over all.
+    """
+    n = len(mask)
+    rows = jnp.pad(mask, (0, -n % _ROW)).reshape(-1, _ROW)
+    counts = jnp.cumsum(rows.sum(axis=1))
+    row = (counts <= ranks[:, None]).sum(axis=1)  # that the place is in
+    before = jnp.where(row > 0, counts[row - 1], 0)
+    column = (jnp.cumsum(rows[row], axis=1) <= (ranks - before)[:, None]).sum(axis=1)
+    return jnp.where(ranks < counts[-1], row * _ROW + column, n).astype(jnp.int32)
 
 
 def top_k(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:

@@ -47,6 +47,7 @@ class PatchEmbed(nn.Module):
             dtype=self.dtype,
             kernel_init=torch_kernel_init,
             bias_init=torch_bias_init(self.patch**2 * x.shape[-1]),
+            conv_general_dilated=forms.patch_embedding,
             name="conv",
         )(x)
 

@@ -1,12 +1,12 @@
 """ResT's sums that are written twice, as those of `forms`: its stem, and attention with mixed and normalised heads."""
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vitpyramid.models.derivatives import with_backward
 from vitpyramid.models.forms import at_least_float32, by_device, convolution
 from vitpyramid.models.token_forms import scaled_logits
 
@@ -109,7 +109,7 @@ def batch_norm(x, scale, shift, mean, variance, of_batch: bool, one_pass: bool, 
     The running mean is what `one_pass` takes off before it sums.
     """
     if of_batch and one_pass:
-        return norm_one_pass(x, scale, shift, mean, grid)
+        return norm_one_pass(x, scale, shift, mean, grid=grid)
     wide = x.astype(at_least_float32(x.dtype))
     if of_batch:
         mean = _channel_mean(wide, grid)
@@ -134,15 +134,6 @@ def _channel_mean(values, grid):
     return _channel_sum(zero_outside(values, grid), grid) / (len(values) * grid[0].size * grid[1].size)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def norm_one_pass(x, scale, shift, about, grid):
-    """`batch_norm` by the batch's statistics, by sums of differences to `about` and of their squares, in one pass.
-
-    So is the backward pass; derived from the forward one, it has twice as many sums.
-    """
-    return _norm_one_pass(x, scale, shift, about, grid)[0]
-
-
 def _norm_one_pass(x, scale, shift, about, grid):
     wide = x.astype(at_least_float32(x.dtype))
     centred = wide - _repeated(about, grid)
@@ -153,7 +144,7 @@ def _norm_one_pass(x, scale, shift, about, grid):
     return (out, (mean, variance)), (x, scale, mean, rate)
 
 
-def _norm_one_pass_backward(grid, stored, cotangents):
+def _norm_one_pass_backward(stored, cotangents, grid):
     x, scale, mean, rate = stored
     cotangent, (of_mean, of_variance) = cotangents
     cotangent = cotangent.astype(mean.dtype)
@@ -167,7 +158,9 @@ def _norm_one_pass_backward(grid, stored, cotangents):
     return of_x.astype(x.dtype), of_scale.astype(scale.dtype), of_shift.astype(scale.dtype), jnp.zeros_like(mean)
 
 
-norm_one_pass.defvjp(_norm_one_pass, _norm_one_pass_backward)
+# `batch_norm` by the batch's statistics, by sums of differences to `about` and of their squares, in one pass. So is the
+# backward pass; derived from the forward one, it has twice as many sums.
+norm_one_pass = with_backward(_norm_one_pass, _norm_one_pass_backward)
 
 
 def folded_convolution(x: jax.Array, kernel: jax.Array, stride: int, grid: Grid, out_grid: Grid) -> jax.Array:

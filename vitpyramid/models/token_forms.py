@@ -3,11 +3,10 @@
 The TPU's forms have a backward pass of their own, which stores less and passes fewer times over it.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
+from vitpyramid.models.derivatives import with_backward
 from vitpyramid.models.forms import at_least_float32, by_device, written
 
 
@@ -29,21 +28,11 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, 
     return by_device(tpu, layer_norm_two_passes, x, scale, bias, epsilon=epsilon, dtype=dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def layer_norm_two_passes(x, scale, bias, epsilon, dtype):
-    return _normed_by_two(x, scale, bias, epsilon, dtype)[0]
-
-
 def _normed_by_two(x, scale, bias, epsilon, dtype):
     wide = x.astype(at_least_float32(x.dtype))
     mean = wide.mean(-1, keepdims=True)
     rate = jax.lax.rsqrt(jnp.square(wide - mean).mean(-1, keepdims=True) + epsilon)
     return ((wide - mean) * (rate * scale) + bias).astype(dtype), (x, scale, mean, rate)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def layer_norm_one_pass(x, scale, bias, epsilon, dtype):
-    return _normed_by_one(x, scale, bias, epsilon, dtype)[0]
 
 
 def _normed_by_one(x, scale, bias, epsilon, dtype):
@@ -54,7 +43,8 @@ def _normed_by_one(x, scale, bias, epsilon, dtype):
     return ((wide - mean) * (rate * scale) + bias).astype(dtype), (x, scale, mean, rate)
 
 
-def _normed_backward(epsilon, dtype, stored, cotangent):
+def _normed_backward(stored, cotangent, epsilon, dtype):
+    del epsilon, dtype
     x, scale, mean, rate = stored
     normed, cotangent = (x - mean) * rate, cotangent.astype(mean.dtype)
     rows = tuple(range(x.ndim - 1))
@@ -65,8 +55,8 @@ def _normed_backward(epsilon, dtype, stored, cotangent):
     return of_x.astype(x.dtype), of_scale.astype(scale.dtype), of_bias.astype(scale.dtype)
 
 
-layer_norm_two_passes.defvjp(_normed_by_two, _normed_backward)
-layer_norm_one_pass.defvjp(_normed_by_one, _normed_backward)
+layer_norm_two_passes = with_backward(_normed_by_two, _normed_backward)
+layer_norm_one_pass = with_backward(_normed_by_one, _normed_backward)
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -79,11 +69,10 @@ def gelu(x: jax.Array) -> jax.Array:
     return by_device(gelu_with_slope if x.dtype == jnp.bfloat16 else gelu_erf, gelu_erf, x)
 
 
-@jax.custom_vjp
-def gelu_erf(x):
+def _value_alone(x):
     # `jax.nn.gelu` takes `erfc`, whose two polynomials cost a CPU as much as a quarter of the products around it.
     wide = x.astype(at_least_float32(x.dtype))
-    return (wide * _share(wide)).astype(x.dtype)
+    return (wide * _share(wide)).astype(x.dtype), x
 
 
 def _share(x):
@@ -99,12 +88,7 @@ def _gelu_erf_backward(x, cotangent):
     return (written((cotangent * _slope(wide)).astype(x.dtype)),)
 
 
-gelu_erf.defvjp(lambda x: (gelu_erf(x), x), _gelu_erf_backward)
-
-
-@jax.custom_vjp
-def gelu_with_slope(x):
-    return _value_and_slope(x)[0]
+gelu_erf = with_backward(_value_alone, _gelu_erf_backward)
 
 
 def _value_and_slope(x):
@@ -113,7 +97,7 @@ def _value_and_slope(x):
     return jax.lax.optimization_barrier(((wide * _share(wide)).astype(x.dtype), _slope(wide).astype(x.dtype)))
 
 
-gelu_with_slope.defvjp(_value_and_slope, lambda slope, cotangent: (cotangent * slope,))
+gelu_with_slope = with_backward(_value_and_slope, lambda slope, cotangent: (cotangent * slope,))
 
 
 def attention(query: jax.Array, key: jax.Array, value: jax.Array, scale: float) -> jax.Array:
@@ -153,13 +137,8 @@ def attention_in_pieces(query, key, value, scale, entries=2**22):
     (b, n, heads, _), m = query.shape, key.shape[1]
     images = b if isinstance(b, int) else 1  # their number may be left open, for export
     rows = -(-n // min(8, -(-images * heads * n * m // entries)))
-    pieces = [attention_products(query[:, i : i + rows], key, value, scale) for i in range(0, n, rows)]
+    pieces = [attention_products(query[:, i : i + rows], key, value, scale=scale) for i in range(0, n, rows)]
     return jnp.concatenate(pieces, axis=1)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def attention_products(query, key, value, scale):
-    return _attended_by_heads(query, key, value, scale)[0]
 
 
 def _attended_by_heads(query, key, value, scale):
@@ -180,7 +159,7 @@ def _head_logits(query, key, scale):
     return jnp.einsum("bhnd,bhmd->bhnm", query, key, preferred_element_type=wide) * scale
 
 
-def _attended_by_heads_backward(scale, stored, cotangent):
+def _attended_by_heads_backward(stored, cotangent, scale):
     query, key, value, out, largest, total = stored
     wide, dtype = total.dtype, value.dtype
     cotangent = cotangent.swapaxes(1, 2).astype(wide) / total
@@ -196,12 +175,7 @@ def _attended_by_heads_backward(scale, stored, cotangent):
     return of_query.swapaxes(1, 2), of_key.transpose(0, 3, 1, 2), of_value.transpose(0, 3, 1, 2)
 
 
-attention_products.defvjp(_attended_by_heads, _attended_by_heads_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def attention_tpu(query, key, value, scale):
-    return _attended(query, key, value, scale)[0]
+attention_products = with_backward(_attended_by_heads, _attended_by_heads_backward)
 
 
 def _attended(query, key, value, scale):
@@ -215,7 +189,7 @@ def _attended(query, key, value, scale):
     return out, (query, key, value, powers, share, out)
 
 
-def _attended_backward(scale, stored, cotangent):
+def _attended_backward(stored, cotangent, scale):
     query, key, value, powers, share, out = stored
     wide = at_least_float32(query.dtype)
     # Of each row of weights times their cotangents, without a pass over those.
@@ -229,7 +203,7 @@ def _attended_backward(scale, stored, cotangent):
     return of_query, of_key, of_value
 
 
-attention_tpu.defvjp(_attended, _attended_backward)
+attention_tpu = with_backward(_attended, _attended_backward)
 
 
 def random_features(u: jax.Array, w: jax.Array) -> jax.Array:
@@ -256,8 +230,7 @@ def random_features_product(u, w):
     return wu - jnp.sum(u * u, axis=-1, keepdims=True) / 2
 
 
-@jax.custom_vjp
-def random_features_by_parts(u, w):
+def _features_by_parts(u, w):
     wide = at_least_float32(w.dtype)
     rest, parts = w.astype(wide), []
     for _ in range(2):
@@ -266,7 +239,7 @@ def random_features_by_parts(u, w):
         rest = rest - parts[-1]
     parts = jnp.concatenate([*parts, rest]).astype(u.dtype)
     products = jnp.split(jnp.einsum("bne,me->bnm", u, parts, preferred_element_type=wide), 3, axis=-1)
-    return sum(products) - jnp.sum(jnp.square(u.astype(wide)), axis=-1, keepdims=True) / 2
+    return sum(products) - jnp.sum(jnp.square(u.astype(wide)), axis=-1, keepdims=True) / 2, (u, w)
 
 
 def _random_features_backward(stored, cotangent):
@@ -278,4 +251,4 @@ def _random_features_backward(stored, cotangent):
     return of_u.astype(u.dtype), of_w.astype(w.dtype)
 
 
-random_features_by_parts.defvjp(lambda u, w: (random_features_by_parts(u, w), (u, w)), _random_features_backward)
+random_features_by_parts = with_backward(_features_by_parts, _random_features_backward)

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable, Mapping
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from vitpyramid.data.annotated import Annotated
@@ -77,11 +76,8 @@ def call(network: DenseNetwork, x: View, train: bool = False) -> dict[str, jax.A
 
 
 def targets_of(batch: Batch) -> Targets:
-    """The ground truth of a batch; its masks are packed, eight columns a byte."""
-    masks = None
-    if "masks" in batch:
-        masks = jnp.unpackbits(batch["masks"], axis=-1, count=batch["image"].shape[2]).astype(bool)
-    return Targets(batch["boxes"], batch["labels"], batch["valid"], masks)
+    """The ground truth of a batch."""
+    return Targets(batch["boxes"], batch["labels"], batch["valid"], batch.get("masks"))
 
 
 def words(values: Mapping[str, float]) -> str:

@@ -85,7 +85,10 @@ def _taught(view: View, pixels: np.ndarray, names: list[str]) -> tuple[np.ndarra
         if hasattr(view.targets, "boxes"):
             there = np.flatnonzero(view.targets.valid[i])
             labels, boxes = view.targets.labels[i, there], view.targets.boxes[i, there]
-            masks = () if view.targets.masks is None else view.targets.masks[i, there]
+            masks = ()
+            if view.targets.masks is not None:
+                packed = np.asarray(view.targets.masks[i, there])
+                masks = np.unpackbits(packed, axis=-1, count=pixels.shape[2]).astype(bool)
             tiles.append(draw.objects(image, boxes, labels, [names[label] for label in labels], masks, factor))
         else:
             labels = np.setdiff1d(view.targets[i], draw.IGNORED)
