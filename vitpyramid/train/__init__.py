@@ -33,8 +33,8 @@ class _Training(types.ModuleType):
 
         Returns:
           A `vitpyramid.train.report.Summary`: `step`, `total_steps`, `finished`, `metrics` of the last evaluation,
-          `best_step` and `best`, `history` (all records that a callback gets), `examples_per_second`,
-          `compile_seconds`, `workdir`.
+          `best_step` and `best`, `history` (all records that a callback gets), `totals` (what was counted over all
+          steps), `examples_per_second`, `compile_seconds`, `workdir`.
 
         Raises:
           ConfigError: the config cannot be run, does not fit the data, or contradicts the checkpoint; another run holds
