@@ -223,7 +223,10 @@ def patch_product(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype) -> ja
     Returns:
       `[B, H // p, W // p, C_out]` in `dtype`.
     """
-    tpu = patch_convolution_tpu if kernel.shape[0] <= 4 else patch_matrix_product
+    if kernel.shape[0] <= 4:
+        tpu = patch_convolution_tpu
+    else:
+        tpu = patch_rows_tpu if kernel.shape[2] >= 16 else patch_matrix_product
     return by_device(tpu, patch_matrix_product, x, kernel, bias, dtype=dtype)
 
 
@@ -239,6 +242,13 @@ def patch_matrix_product(x, kernel, bias, dtype):
 def patch_convolution_tpu(x, kernel, bias, dtype):
     x, kernel, bias = (array.astype(dtype) for array in (x, kernel, bias))
     return convolve(x, kernel, kernel.shape[:2], "VALID") + bias
+
+
+def patch_rows_tpu(x, kernel, bias, dtype):
+    x, kernel, bias = (array.astype(dtype) for array in (x, kernel, bias))
+    (p, _, c, features), (b, height, width, _) = kernel.shape, x.shape
+    x = x[:, :, : width // p * p].reshape(b, height, width // p, p * c)
+    return convolve(x, kernel.reshape(p, 1, p * c, features), (p, 1), "VALID") + bias
 
 
 def packed_linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, heads: int, parts: int, dtype):
