@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 import golden
-from vitpyramid.models import forms, token_forms
+from vitpyramid.models import forms, mlp_forms, token_forms
+
+
+def residual_mlp(form, x, *parameters):
+    """In three turns; drop path drops the branch of every fourth image."""
+    divisor = jnp.where(jnp.arange(len(x)) % 4 == 1, jnp.inf, 0.9).astype(x.dtype)[:, None, None]
+    return form(x, divisor, *parameters, epsilon=1e-6, turns=3)
+
 
 # Name: the form of a TPU, that of other devices, their other arguments, and shapes of inputs.
 CASES = (
@@ -37,9 +44,9 @@ CASES = (
         )
     }
     | {
-        "depthwise": (
-            forms.depthwise_convolution_tpu,
-            forms.shifted_products,
+        "pixel attention": (
+            forms.pixel_attention_tpu,
+            forms.pixel_attention_products,
             ((2, 5, 7, 3), (3, 3, 1, 3), (3,)),
         )
     }
@@ -74,6 +81,20 @@ CASES = (
             (shape, shape[-1:], shape[-1:]),
         )
         for shape in [(2, 5, 33), (1, 3, 2, 8)]
+    }
+    | {
+        "patches by rows": (
+            forms.patch_rows_tpu,
+            forms.patch_matrix_product,
+            ((2, 13, 11, 3), (5, 5, 3, 7), (7,)),
+        )
+    }
+    | {
+        "mlp in turns": (
+            lambda *inputs, dtype: residual_mlp(mlp_forms.residual_mlp_in_turns, *inputs),
+            lambda *inputs, dtype: residual_mlp(mlp_forms.residual_mlp_at_once, *inputs),
+            ((6, 5, 8), (8,), (8,), (8, 24), (24,), (24, 8), (8,)),
+        )
     }
     | {
         "random features": (

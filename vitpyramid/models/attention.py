@@ -6,9 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vitpyramid.models import token_forms
+from vitpyramid.models import mlp_forms, token_forms
 from vitpyramid.models.forms import written
-from vitpyramid.models.layers import DropPath, LayerNorm, PackedLinear, linear
+from vitpyramid.models.layers import DropPath, LayerNorm, Mlp, PackedLinear, linear
 
 
 def attend(module: nn.Module, query, key, value, scale: float | None = None) -> jax.Array:
@@ -83,4 +83,12 @@ class Block(nn.Module):
         """`[B, N, C]` -> `[B, N, C]`."""
         attn, mlp = self.attention(name="attn"), self.mlp(name="mlp")
         x = written(x + DropPath(self.drop_path)(attn(LayerNorm(self.epsilon, self.dtype, name="norm1")(x))))
-        return written(x + DropPath(self.drop_path)(mlp(LayerNorm(self.epsilon, self.dtype, name="norm2")(x))))
+        drop_path, norm = DropPath(self.drop_path), LayerNorm(self.epsilon, self.dtype, name="norm2")
+        turns = mlp.turns(x) if isinstance(mlp, Mlp) and not self.is_initializing() else 1
+        if turns == 1:
+            return written(x + drop_path(mlp(norm(x))))
+        parameters = [self.variables["params"]["norm2"][name] for name in ("scale", "bias")]
+        for layer in ("fc1", "fc2"):
+            parameters += [self.variables["params"]["mlp"][layer][name] for name in ("kernel", "bias")]
+        divisor = drop_path.divisor(x.shape[0], x.dtype)
+        return mlp_forms.residual_mlp(x, divisor, *parameters, epsilon=self.epsilon, turns=turns)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitpyramid.models import forms, token_forms
+from vitpyramid.models import forms, mlp_forms, token_forms
 from vitpyramid.models.forms import at_least_float32
 from vitpyramid.models.initialisers import normal_init, torch_bias_init, torch_kernel_init
 
@@ -102,6 +102,13 @@ class Mlp(nn.Module):
         x = linear(dim, self.dtype, "fc2", torch_init_from=hidden if self.torch_init else None)(x)
         return nn.Dropout(self.drop_rate, deterministic=False)(x)
 
+    @nn.nowrap
+    def turns(self, x: jax.Array) -> int:
+        """In how many turns a TPU computes this of `x` `[B, N, C]`, with the norm before it; 1: all at once."""
+        if self.drop_rate or x.dtype != self.dtype:
+            return 1
+        return mlp_forms.mlp_turns(x.shape, int(x.shape[-1] * self.ratio), x.dtype)
+
 
 def batch_norm_variables(module: nn.Module, dim: int) -> tuple[jax.Array, jax.Array, nn.Variable, nn.Variable]:
     """Scale, shift, running mean and running variance, `[dim]` each; called from a compact method of `module`."""
@@ -156,8 +163,16 @@ class DropPath(nn.Module):
         """`[B, ...]` -> `[B, ...]`."""
         if isinstance(self.rate, float) and self.rate == 0.0:
             return x
-        keep = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.rate, (x.shape[0],) + (1,) * (x.ndim - 1))
-        return jnp.where(keep, x / (1.0 - self.rate), 0).astype(x.dtype)
+        return jnp.where(self._keep(x.shape[0], x.ndim), x / (1.0 - self.rate), 0).astype(x.dtype)
+
+    def divisor(self, batch: int, dtype) -> jax.Array:
+        """What a branch `[B, N, C]` is divided by instead, `[B, 1, 1]`: infinity drops it."""
+        if isinstance(self.rate, float) and self.rate == 0.0:
+            return jnp.ones((batch, 1, 1), dtype)
+        return jnp.where(self._keep(batch, 3), 1.0 - self.rate, jnp.inf).astype(dtype)
+
+    def _keep(self, batch, ndim):
+        return jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.rate, (batch,) + (1,) * (ndim - 1))
 
 
 def resize_positions(table: jax.Array, grid: tuple[int, int], new_grid: tuple[int, int], method: str) -> jax.Array:

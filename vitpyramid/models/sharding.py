@@ -20,6 +20,11 @@ def shard_batch(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
 
 
+def whole(x: jax.Array) -> jax.Array:
+    """Keeps `x` whole on every device of the mesh; no mesh, no effect."""
+    return jax.lax.with_sharding_constraint(x, PartitionSpec()) if _batch_axes() else x
+
+
 def map_rows(function: Callable, *rows):
     """`jax.vmap(function)(*rows)`, each device of the mesh by itself for its own rows.
 
@@ -28,11 +33,16 @@ def map_rows(function: Callable, *rows):
     arguments it must make itself.
     """
     axes = _batch_axes()
-    devices = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
+    devices = batch_devices()
     mapped, spec = jax.vmap(function), PartitionSpec(axes)
     if devices > 1 and len(jax.tree.leaves(rows)[0]) % devices == 0:
         mapped = jax.shard_map(mapped, in_specs=spec, out_specs=spec, check_vma=False)
     return mapped(*rows)
+
+
+def batch_devices() -> int:
+    """Number of devices of the mesh that is set over which the batch is split."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in _batch_axes())
 
 
 def _batch_axes() -> tuple[str, ...]:
