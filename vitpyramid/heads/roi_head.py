@@ -154,7 +154,9 @@ class RoIHead(nn.Module):
     def masks_of(self, levels: tuple[Level, ...], boxes: jax.Array, labels: jax.Array) -> jax.Array:
         """Logits `[B, R, 28, 28]` of the masks of boxes `[B, R, 4]` as objects of classes int `[B, R]`."""
         logits = self.mask_head(self.pool(levels, boxes, MASK_BINS))
-        return jnp.take_along_axis(logits, labels[:, :, None, None, None], axis=-1)[..., 0]
+        # On a TPU a gather, whose gradient is a scatter, took a third of the mask head's time.
+        of_class = labels[:, :, None, None, None] == jnp.arange(self.num_classes)
+        return jnp.where(of_class, logits, 0).sum(-1)
 
     @nn.nowrap
     def regions(self, proposals: Proposals, targets: Targets, keys: jax.Array | None) -> Regions:

@@ -12,7 +12,7 @@ import numpy as np
 from vitpyramid.heads import anchors, losses
 from vitpyramid.heads import boxes as box
 from vitpyramid.heads.detector import Targets
-from vitpyramid.heads.layers import convolution, per_anchor
+from vitpyramid.heads.layers import convolution, one_per_anchor, per_anchor
 from vitpyramid.heads.matching import Sample, assign, sample
 from vitpyramid.heads.nms import nms
 from vitpyramid.heads.selection import top_k
@@ -75,7 +75,7 @@ class RPN(nn.Module):
         logits, deltas = [], []
         for level in levels:
             x = nn.relu(self.rpn_conv(level.x))
-            logits.append(per_anchor(self.rpn_cls(x), 1)[..., 0].astype(dtype))
+            logits.append(one_per_anchor(self.rpn_cls(x)).astype(dtype))
             deltas.append(per_anchor(self.rpn_reg(x), 4).astype(dtype))
         return Objectness(tuple(logits), tuple(deltas))
 
