@@ -20,8 +20,8 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from vitpyramid.heads.deformable_attention import DeformableAttention
-from vitpyramid.models import layers, pit, rest, t2t_module
-from vitpyramid.models.attention import SelfAttention
+from vitpyramid.models import layers, pit, pvt, rest, t2t_module
+from vitpyramid.models.attention import Block, SelfAttention
 from vitpyramid.tasks import make_task
 from vitpyramid.tools import chips, config_args, hlo
 from vitpyramid.train import program
@@ -82,7 +82,15 @@ LAYERS = {
     "mlp 197": (layers.Mlp(4, dtype=BF16), (197, 384)),
     "deformable": (Deformable(), (5675, 256)),
     "deformable 300": (Deformable(300), (5675, 256)),
-    "mlp 3136": (layers.Mlp(8, dtype=BF16), (3136, 64)),
+    "pvt block 1": (
+        Block(
+            functools.partial(pvt.SpatialReductionAttention, 1, 8, (56, 56), 0.0, BF16),
+            functools.partial(layers.Mlp, 8, dtype=BF16),
+            1e-6,
+            dtype=BF16,
+        ),
+        (3136, 64),
+    ),
 }
 
 
