@@ -20,8 +20,8 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from vitpyramid.heads.deformable_attention import DeformableAttention
-from vitpyramid.models import layers, pit, rest, t2t_module
-from vitpyramid.models.attention import SelfAttention
+from vitpyramid.models import layers, pit, pvt, rest, t2t_module
+from vitpyramid.models.attention import Block, SelfAttention
 from vitpyramid.tasks import make_task
 from vitpyramid.tools import chips, config_args, hlo
 from vitpyramid.train import program
@@ -68,10 +68,9 @@ LAYERS = {
     "rest attention 2": (rest.EfficientAttention(2, 4, (28, 28), 0.0, BF16), (784, 192)),
     "rest attention 3": (rest.EfficientAttention(4, 2, (14, 14), 0.0, BF16), (196, 384)),
     "rest attention 4": (rest.EfficientAttention(8, 1, (7, 7), 0.0, BF16), (49, 768)),
-    "rest sr 8": (rest.DepthwiseConv(9, BF16), (56, 56, 96)),
-    "rest sr 4": (rest.DepthwiseConv(5, BF16), (28, 28, 192)),
-    "rest sr 2": (rest.DepthwiseConv(3, BF16), (14, 14, 384)),
-    "rest position": (rest.PixelAttention(BF16), (56, 56, 96)),
+    "rest sr 8": (rest.DepthwiseConv(9, 8, BF16), (56, 56, 96)),
+    "rest sr 4": (rest.DepthwiseConv(5, 4, BF16), (28, 28, 192)),
+    "rest sr 2": (rest.DepthwiseConv(3, 2, BF16), (14, 14, 384)),
     "t2t split 1": (SplitProjection((7, 4, 2)), (224, 224, 3)),
     "t2t split 2": (SplitProjection((3, 2, 1)), (56, 56, 64)),
     "patch 4": (layers.PatchConv(64, 4, BF16), (224, 224, 3)),
@@ -83,7 +82,15 @@ LAYERS = {
     "mlp 197": (layers.Mlp(4, dtype=BF16), (197, 384)),
     "deformable": (Deformable(), (5675, 256)),
     "deformable 300": (Deformable(300), (5675, 256)),
-    "mlp 3136": (layers.Mlp(8, dtype=BF16), (3136, 64)),
+    "pvt block 1": (
+        Block(
+            functools.partial(pvt.SpatialReductionAttention, 1, 8, (56, 56), 0.0, BF16),
+            functools.partial(layers.Mlp, 8, dtype=BF16),
+            1e-6,
+            dtype=BF16,
+        ),
+        (3136, 64),
+    ),
 }
 
 

@@ -44,9 +44,9 @@ CASES = (
         )
     }
     | {
-        "pixel attention": (
-            forms.pixel_attention_tpu,
-            forms.pixel_attention_products,
+        "depthwise": (
+            forms.depthwise_convolution_tpu,
+            forms.shifted_products,
             ((2, 5, 7, 3), (3, 3, 1, 3), (3,)),
         )
     }

@@ -12,7 +12,7 @@ batch, so that it has no variance: `ValueError`, as in PyTorch.
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -38,22 +38,23 @@ from vitpyramid.models.stack import apply_blocks
 
 
 class DepthwiseConv(nn.Module):
-    """Depthwise convolution of odd `side`, padded by half of it: of the even stride `side - 1`, or as `form` has it.
+    """Depthwise convolution, padded by half its odd `side`: of stride 1 and side 3, or of an even stride `side - 1`.
 
     Parameters are those of the convolution: `kernel [side, side, 1, C]`, `bias [C]`.
     """
 
     side: int
+    stride: int
     dtype: jnp.dtype
-    form: Callable = forms.reducing_convolution
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[B, h, w, C]` -> `[B, ceil(h / (side - 1)), ceil(w / (side - 1)), C]`."""
+        """`[B, h, w, C]` -> `[B, ceil(h / stride), ceil(w / stride), C]`."""
         c = x.shape[-1]
         kernel = self.param("kernel", normal_init, (self.side, self.side, 1, c))
         bias = self.param("bias", torch_bias_init(self.side**2), (c,))
-        return self.form(x, kernel, bias, self.dtype)
+        form = forms.depthwise_convolution if self.stride == 1 else forms.reducing_convolution
+        return form(x, kernel, bias, self.dtype)
 
     @nn.nowrap
     def elementwise_macs(self, out: jax.Array) -> int:
@@ -69,7 +70,7 @@ class PixelAttention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, h, w, C]` -> the same."""
-        return DepthwiseConv(3, self.dtype, forms.pixel_attention, name="pa_conv")(x)
+        return x * nn.sigmoid(DepthwiseConv(3, 1, self.dtype, name="pa_conv")(x))
 
 
 class StemConv(nn.Module):
@@ -175,7 +176,7 @@ class EfficientAttention(nn.Module):
         source = x
         if self.sr_ratio > 1:
             source = x.reshape(b, *self.grid, dim)
-            source = DepthwiseConv(self.sr_ratio + 1, self.dtype, name="sr")(source)
+            source = DepthwiseConv(self.sr_ratio + 1, self.sr_ratio, self.dtype, name="sr")(source)
             source = LayerNorm(1e-5, self.dtype, name="sr_norm")(source.reshape(b, -1, dim))
         key, value = PackedLinear(2, self.heads, self.dtype, name="kv")(source)
         attention = functools.partial(attend, self) if self.heads == 1 else self.attend_mixed
