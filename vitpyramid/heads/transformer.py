@@ -79,6 +79,11 @@ class InProjection(nn.Module):
         return [x.astype(self.dtype) @ part + shift for x, part, shift in parts]
 
 
+def _apart(x: jax.Array) -> jax.Array:
+    """`x`, computed by itself on a TPU, whose compiler crashes on dropout in the same operation as the products."""
+    return jax.lax.platform_dependent(x, tpu=jax.lax.optimization_barrier, default=lambda x: x)
+
+
 class MultiheadAttention(nn.Module):
     """PyTorch's: attention from one set to another, with projections; single weights of the map are dropped.
 
@@ -106,7 +111,8 @@ class MultiheadAttention(nn.Module):
         weights = jax.nn.softmax(logits)
         if self.is_mutable_collection("intermediates"):
             self.sow("intermediates", "attention", weights)
-        weights = nn.Dropout(self.drop_rate, deterministic=not train)(weights.astype(value.dtype))
+        dropout = nn.Dropout(self.drop_rate, deterministic=not train)
+        weights = _apart(dropout(_apart(weights.astype(value.dtype))))
         out = jnp.einsum("bhnm,bmhd->bnhd", weights, value).reshape(projected[0].shape)
         # Its biases begin at zero, those of other linear layers do not.
         return nn.Dense(out.shape[-1], dtype=self.dtype, kernel_init=xavier_uniform, name="out_proj")(out)
