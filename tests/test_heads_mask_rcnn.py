@@ -63,6 +63,7 @@ def parts(model, images, targets, sizes, train):
         return found | {"detections": model.roi_head.detect(model.read(levels), proposals, sizes)}
     regions = model.roi_head.regions(proposals, targets, None)
     logits, deltas = model.roi_head.boxes_of(model.read(levels), regions.boxes)
+    unpacked = jnp.unpackbits(targets.masks, axis=-1, count=images.shape[2]).astype(bool)
     masks = int(model.roi_samples * model.positive_fraction)
     boxes = regions.boxes[:, :masks]
     pooled = model.roi_head.pool(model.read(levels), boxes, 14)
@@ -76,7 +77,7 @@ def parts(model, images, targets, sizes, train):
         "mask_targets": jax.vmap(functools.partial(mask_targets, side=28, width=images.shape[2]))(
             targets.masks, boxes, regions.match[:, :masks]
         ),
-        "losses": model.losses(images, targets, sizes, train),
+        "losses": model.losses(images, targets.replace(masks=unpacked), sizes, train),
     }
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vitpyramid.models.derivatives import with_backward
 from vitpyramid.models.forms import at_least_float32, by_device
 from vitpyramid.models.initialisers import xavier_uniform
 
@@ -128,8 +129,7 @@ def sample_by_gathers(value: jax.Array, locations: jax.Array, weights: jax.Array
     return out.reshape(batch, queries, -1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def sample_by_products(value: jax.Array, locations: jax.Array, weights: jax.Array, grids: Grids) -> jax.Array:
+def _sample_by_products(value, locations, weights, grids):
     """Matrix products with the weight that every query has for each cell: zero but for those around its places.
 
     The weights are made inside of the products, and are in no memory. JAX's own derivative of them would be a matrix
@@ -140,15 +140,11 @@ def sample_by_products(value: jax.Array, locations: jax.Array, weights: jax.Arra
         of_level = _as_map(value, level, grids)
         wide = at_least_float32(value.dtype)
         out += jnp.einsum("bqhyx,byxhd->bqhd", dense.astype(value.dtype), of_level, preferred_element_type=wide)
-    return out.astype(value.dtype).reshape(*out.shape[:2], -1)
+    return out.astype(value.dtype).reshape(*out.shape[:2], -1), (value, locations, weights)
 
 
-def _sample_forward(value, locations, weights, grids):
-    return sample_by_products(value, locations, weights, grids), (value, locations, weights)
-
-
-def _sample_backward(grids, residuals, gradient):
-    value, locations, weights = residuals
+def _sample_backward(stored, gradient, grids):
+    value, locations, weights = stored
     wide = at_least_float32(value.dtype)
     batch, _, heads, d = value.shape
     gradient = gradient.reshape(*gradient.shape[:2], heads, d)
@@ -177,7 +173,7 @@ def _sample_backward(grids, residuals, gradient):
     return jnp.concatenate(of_value, axis=1).astype(value.dtype), of_locations, of_weights
 
 
-sample_by_products.defvjp(_sample_forward, _sample_backward)
+sample_by_products = with_backward(_sample_by_products, _sample_backward)
 
 
 def _dense_weights(locations: jax.Array, weights: jax.Array, grids: Grids) -> list[jax.Array]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitpyramid.heads.deformable_attention import DeformableAttention, Grids
-from vitpyramid.heads.transformer import MultiheadAttention, feed_forward, sines, wide_dense
+from vitpyramid.heads.transformer import Dropout, MultiheadAttention, feed_forward, sines, wide_dense
 from vitpyramid.models.initialisers import gaussian, torch_bias_init, xavier_uniform
 from vitpyramid.models.layers import LayerNorm
 from vitpyramid.models.sharding import shard_batch
@@ -47,7 +47,7 @@ class EncoderLayer(nn.Module):
     @nn.compact
     def __call__(self, cells: Cells, positions: jax.Array, reference: jax.Array) -> Cells:
         """Positions `[B, S, C]` and the cells' own places `[B, S, L, 2]` -> the cells."""
-        x, drop = cells.x, nn.Dropout(self.drop_rate, deterministic=not self.train)
+        x, drop = cells.x, Dropout(self.drop_rate, deterministic=not self.train)
         attention = DeformableAttention(self.heads, self.levels, self.points, self.dtype, name="self_attn")
         update = attention(x + positions, reference, x, cells.grids, cells.inside)
         x = LayerNorm(1e-5, self.dtype, name="norm1")(x + drop(update))
@@ -70,7 +70,7 @@ class DecoderLayer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, queries: jax.Array, reference: jax.Array, memory: Cells) -> jax.Array:
         """Objects `[B, Q, C]`, their queries likewise, where they are `[B, Q, L, 2 or 4]` -> `[B, Q, C]`."""
-        drop = nn.Dropout(self.drop_rate, deterministic=not self.train)
+        drop = Dropout(self.drop_rate, deterministic=not self.train)
         self_attention = MultiheadAttention(self.heads, self.drop_rate, self.dtype, name="self_attn")
         cross_attention = DeformableAttention(self.heads, self.levels, self.points, self.dtype, name="cross_attn")
         there = x + queries

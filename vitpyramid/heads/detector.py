@@ -15,8 +15,8 @@ class Targets:
       boxes: `[B, G, 4]`, x1 y1 x2 y2 in pixels of the canvas.
       labels: int32 `[B, G]`, classes from 0.
       valid: bool `[B, G]`: which slots hold a box; what the others hold is of no effect.
-      masks: of those who learn masks, uint8 `[B, G, H, ceil(W / 8)]`: on the canvas, eight columns a byte, as
-        `numpy.packbits` packs them.
+      masks: of those who learn masks, bool `[B, G, H, W]` on the canvas, or uint8 `[B, G, H, ceil(W / 8)]`: eight
+        columns a byte, as `numpy.packbits` packs them.
     """
 
     boxes: jax.Array

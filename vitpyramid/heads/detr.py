@@ -16,6 +16,7 @@ from vitpyramid.heads.detector import Detections, Targets, whole
 from vitpyramid.heads.network import DenseNetwork
 from vitpyramid.heads.transformer import (
     BoxMLP,
+    Dropout,
     MultiheadAttention,
     feed_forward,
     padding_mask,
@@ -39,7 +40,7 @@ class EncoderLayer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, positions: jax.Array, padding: jax.Array) -> jax.Array:
         """`[B, N, C]`, positions of the same shape, padding bool `[B, N]` -> `[B, N, C]`."""
-        drop = nn.Dropout(self.drop_rate, deterministic=not self.train)
+        drop = Dropout(self.drop_rate, deterministic=not self.train)
         attention = MultiheadAttention(self.heads, self.drop_rate, self.dtype, name="self_attn")
         there = x + positions
         x = LayerNorm(1e-5, self.dtype, name="norm1")(x + drop(attention(there, there, x, padding, self.train)))
@@ -61,7 +62,7 @@ class DecoderLayer(nn.Module):
         self, x: jax.Array, queries: jax.Array, memory: jax.Array, positions: jax.Array, padding: jax.Array
     ) -> jax.Array:
         """Objects `[B, Q, C]`, their queries likewise; the map, its positions and padding as in the encoder."""
-        drop = nn.Dropout(self.drop_rate, deterministic=not self.train)
+        drop = Dropout(self.drop_rate, deterministic=not self.train)
         self_attention = MultiheadAttention(self.heads, self.drop_rate, self.dtype, name="self_attn")
         cross_attention = MultiheadAttention(self.heads, self.drop_rate, self.dtype, name="multihead_attn")
         there = x + queries

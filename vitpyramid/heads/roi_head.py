@@ -213,9 +213,8 @@ class RoIHead(nn.Module):
             x[:, :most] for x in (regions.boxes, regions.labels, regions.match, regions.positive)
         )
         logits = self.masks_of(levels, boxes, jnp.where(positive, labels, 0))
-        wanted = jax.vmap(functools.partial(mask_targets, side=logits.shape[-1], width=width))(
-            targets.masks, boxes, match
-        )
+        masks = jnp.packbits(targets.masks, axis=-1) if targets.masks.dtype == bool else targets.masks
+        wanted = jax.vmap(functools.partial(mask_targets, side=logits.shape[-1], width=width))(masks, boxes, match)
         of_mask = jnp.where(positive[..., None, None], losses.binary_cross_entropy(logits, wanted), 0)
         return of_mask.sum((1, 2, 3)), positive.sum(axis=1) * logits.shape[-1] ** 2
 

@@ -79,8 +79,17 @@ class InProjection(nn.Module):
         return [x.astype(self.dtype) @ part + shift for x, part, shift in parts]
 
 
-def _apart(x: jax.Array) -> jax.Array:
-    """`x`, computed by itself on a TPU, whose compiler crashes on dropout in the same operation as the products."""
+class Dropout(nn.Dropout):
+    """Computed by itself on a TPU, whose compiler crashes on dropout in the same operation as matrix products."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[...]` -> the same."""
+        if self.deterministic or self.rate == 0:
+            return x
+        return _apart(super().__call__(_apart(x)))
+
+
+def _apart(x):
     return jax.lax.platform_dependent(x, tpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 
@@ -111,8 +120,7 @@ class MultiheadAttention(nn.Module):
         weights = jax.nn.softmax(logits)
         if self.is_mutable_collection("intermediates"):
             self.sow("intermediates", "attention", weights)
-        dropout = nn.Dropout(self.drop_rate, deterministic=not train)
-        weights = _apart(dropout(_apart(weights.astype(value.dtype))))
+        weights = Dropout(self.drop_rate, deterministic=not train)(weights.astype(value.dtype))
         out = jnp.einsum("bhnm,bmhd->bnhd", weights, value).reshape(projected[0].shape)
         # Its biases begin at zero, those of other linear layers do not.
         return nn.Dense(out.shape[-1], dtype=self.dtype, kernel_init=xavier_uniform, name="out_proj")(out)
@@ -120,7 +128,7 @@ class MultiheadAttention(nn.Module):
 
 def feed_forward(x: jax.Array, channels: int, drop_rate: float, dtype, train: bool) -> jax.Array:
     """`linear1`, ReLU, dropout, `linear2`: `[..., C]` -> `[..., C]`. For compact methods."""
-    hidden = nn.Dropout(drop_rate, deterministic=not train)(nn.relu(dense(x, channels, dtype, "linear1")))
+    hidden = Dropout(drop_rate, deterministic=not train)(nn.relu(dense(x, channels, dtype, "linear1")))
     return dense(hidden, x.shape[-1], dtype, "linear2")
 
 
