@@ -171,6 +171,7 @@ class DropPath(nn.Module):
             return jnp.ones((batch, 1, 1), dtype)
         return jnp.where(self._keep(batch, 3), 1.0 - self.rate, jnp.inf).astype(dtype)
 
+    @nn.nowrap
     def _keep(self, batch, ndim):
         return jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.rate, (batch,) + (1,) * (ndim - 1))
 
