@@ -206,3 +206,13 @@ def test_any_mesh_makes_the_same_batch():
     found = jax.jit(mix_and_erase)(jax.random.key(0), *split)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-5)
+
+
+def test_each_device_lays_out_its_own_images():
+    """The layout is asked for of a device's rows: of the whole batch, slices of TPUs would gather it for that."""
+    mesh = make_mesh(1)
+    images = jax.ShapeDtypeStruct((16, 12, 10, 3), jnp.bfloat16, sharding=batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        text = jax.jit(prepare.planar).trace(images).lower(lowering_platforms=("tpu",)).as_text()
+    (line,) = (line for line in text.splitlines() if "LayoutConstraint" in line)
+    assert "tensor<2x12x10x3xbf16>" in line

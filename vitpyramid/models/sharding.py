@@ -32,12 +32,15 @@ def map_rows(function: Callable, *rows):
     former and ask one another in every turn of the latter whether it was the last. What `function` reads beside its
     arguments it must make itself.
     """
-    axes = _batch_axes()
-    devices = batch_devices()
-    mapped, spec = jax.vmap(function), PartitionSpec(axes)
+    return on_each_device(jax.vmap(function), *rows)
+
+
+def on_each_device(function: Callable, *rows):
+    """`function(*rows)`, each device of the mesh by itself for its own rows; where they cannot be split, for all."""
+    spec, devices = PartitionSpec(_batch_axes()), batch_devices()
     if devices > 1 and len(jax.tree.leaves(rows)[0]) % devices == 0:
-        mapped = jax.shard_map(mapped, in_specs=spec, out_specs=spec, check_vma=False)
-    return mapped(*rows)
+        function = jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)
+    return function(*rows)
 
 
 def batch_devices() -> int:

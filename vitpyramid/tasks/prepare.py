@@ -12,6 +12,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from ml_collections import ConfigDict
 
 from vitpyramid.models.forms import at_least_float32, by_device
+from vitpyramid.models.sharding import on_each_device
 
 ERASED_AREA = (0.02, 1 / 3)  # of the image, for all boxes together
 ERASED_ASPECT = (0.3, 1 / 0.3)  # height / width
@@ -53,7 +54,8 @@ def planar(images: jax.Array) -> jax.Array:
 
 
 def _planar_tpu(images):
-    return with_layout_constraint(images, Layout((0, 3, 1, 2)))
+    # Each device by itself: over several slices the compiler would gather the whole batch for it.
+    return on_each_device(lambda images: with_layout_constraint(images, Layout((0, 3, 1, 2))), images)
 
 
 def _as_they_are(images):
